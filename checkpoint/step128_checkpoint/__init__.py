@@ -1,0 +1,1 @@
+"""Make and change checkpoints: tiny model, prune, calibrate, quantize."""

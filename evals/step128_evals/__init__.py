@@ -1,0 +1,1 @@
+"""Evals over HTTP against any OpenAI-compatible server."""

@@ -1,0 +1,1 @@
+"""NL4 format, kernels and the out-of-tree vLLM plugin."""

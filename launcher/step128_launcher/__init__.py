@@ -1,0 +1,1 @@
+"""Plan, start, verify and watch one vLLM server on one box."""
