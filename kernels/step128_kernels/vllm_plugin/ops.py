@@ -1,0 +1,93 @@
+"""Custom operators around the NL4 layers, opaque to torch.compile.
+
+A plain call would be traced into the graph: the expert loop depends on data and breaks it, and dequantized weights
+would be kept as graph constants.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from step128_kernels.nl4_gemm import nl4_gemm
+from step128_kernels.nl4_moe import nl4_moe
+from step128_kernels.nl4_moe.reference import routed_experts
+
+
+def _linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return nl4_gemm(x, packed, scale)
+
+
+def _linear_fake(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _moe(
+    x: torch.Tensor,
+    gate_up_packed: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_packed: torch.Tensor,
+    down_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    swiglu_limit: float | None,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    return nl4_moe(
+        x,
+        gate_up_packed,
+        gate_up_scale,
+        down_packed,
+        down_scale,
+        topk_weights,
+        topk_ids,
+        swiglu_limit,
+        expert_map,
+    )
+
+
+def _moe_fake(
+    x: torch.Tensor,
+    gate_up_packed: torch.Tensor,
+    gate_up_scale: torch.Tensor,
+    down_packed: torch.Tensor,
+    down_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    swiglu_limit: float | None,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _dense_moe(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    swiglu_limit: float | None,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    return routed_experts(x, gate_up.__getitem__, down.__getitem__, topk_weights, topk_ids, swiglu_limit, expert_map)
+
+
+def _dense_moe_fake(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    swiglu_limit: float | None,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op("step128_nl4_linear", _linear, fake_impl=_linear_fake)
+direct_register_custom_op("step128_nl4_moe", _moe, fake_impl=_moe_fake)
+direct_register_custom_op("step128_dense_moe", _dense_moe, fake_impl=_dense_moe_fake)
+
+nl4_linear_op = torch.ops.vllm.step128_nl4_linear
+nl4_moe_op = torch.ops.vllm.step128_nl4_moe
+dense_moe_op = torch.ops.vllm.step128_dense_moe
