@@ -17,9 +17,6 @@ _MODEL_CLASSES = {
 
 def register() -> None:
     """Register the ``nl4`` quantization, the ``step128`` load format, the Step-3.7 classes and the config class."""
-    from step128_kernels.vllm_plugin import torchvision_compat
-
-    torchvision_compat.install()
 
     from vllm import ModelRegistry
 
