@@ -202,7 +202,7 @@ def _score(
 
     With q the codebook values picked, the error is sum(i x^2) - gain, gain = 2 s sum(i x q) - s^2 sum(i q^2).
     """
-    stored = scale.astype(np.float16)
+    stored = np.clip(scale, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
     codes = _CODEBOOK_F32[_nearest_indices(groups, stored)]
     cross = np.einsum("gk,gk->g", weighted, codes)
     weighted_codes = codes if importance is None else codes * importance

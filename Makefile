@@ -1,0 +1,41 @@
+# Everything goes into .venv; nothing is installed again until pyproject.toml changes.
+#   make demo [KEEP=1]      from nothing to an answer; KEEP=1 leaves the server running
+#   make test               lint, types, tests, the real vLLM included
+#   make proof              the long proofs (see LOG.md)
+#   PIP_ARGS="..."          extra arguments of pip, e.g. an index with torch's CPU build (README, "Installing")
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.step128-setup
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_DIR ?= demo
+KEEP ?=
+
+.PHONY: setup demo test lint proof clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable '.[cpu,checkpoint,evals,dev]'
+	$(BIN)/python -m step128_kernels.cpu_environment
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py --dir $(DEMO_DIR) $(if $(KEEP),--keep)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not proof" $(PYTEST_ARGS)
+
+proof: $(STAMP)
+	$(BIN)/pytest -m proof -s $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache dist
