@@ -1,0 +1,183 @@
+"""From one checkpoint folder to another: plan, disk check, resumable writing, and the rename that publishes it.
+
+While it runs, everything is in ``OUT.partial/``: the journal, and ``checkpoint/``, which becomes ``OUT`` by a rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step128_checkpoint.errors import CheckpointError, OutputError
+from step128_checkpoint.journal import JOURNAL_NAME, Journal
+from step128_checkpoint.layout import Layout, OutputTensor, plan_layout
+from step128_checkpoint.reader import INDEX_NAME, Checkpoint, TensorInfo
+from step128_checkpoint.shards import (
+    PIECE_BYTES,
+    Step,
+    WriteSummary,
+    disk_error,
+    write_shards,
+    write_synced,
+)
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+
+# Other formats' weights, and reports about the input alone, would be wrong beside the new weights.
+_NOT_CARRIED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", "_report.json")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to write: ``steps`` make the tensors, ``config`` becomes config.json, ``options`` decide the bytes."""
+
+    checkpoint: Checkpoint
+    steps: Sequence[Step]
+    config: dict[str, Any]
+    options: dict[str, Any]
+    max_shard_bytes: int
+
+    def layout(self) -> Layout:
+        """Plan the output's files."""
+        return plan_layout([output for step in self.steps for output in step.outputs], self.max_shard_bytes)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the output's bytes, as JSON values; the input by names, sizes and times."""
+        shards = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.shard_paths]
+        described = json.dumps([shards, self.checkpoint.config], sort_keys=True)
+        return {
+            "input": hashlib.sha256(described.encode()).hexdigest(),
+            "max_shard_bytes": self.max_shard_bytes,
+            **self.options,
+        }
+
+
+@dataclass(frozen=True)
+class ConversionSummary:
+    """What :func:`convert` did; ``output_bytes`` counts the safetensors files."""
+
+    output_bytes: int
+    write: WriteSummary
+
+
+def copy_step(checkpoint: Checkpoint, tensor: TensorInfo) -> Step:
+    """A step that carries a tensor unchanged."""
+
+    def produce(number: int) -> tuple[bytes]:
+        start = number * PIECE_BYTES
+        return (checkpoint.read(tensor.name, start, min(PIECE_BYTES, tensor.size_bytes - start)),)
+
+    output = OutputTensor(tensor.name, tensor.dtype, tensor.shape, tensor.path.name)
+    return Step((output,), max(1, -(-tensor.size_bytes // PIECE_BYTES)), produce)
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files that go along unchanged: tokenizer, chat template, generation config, code, licence, ...
+
+    Everything but weights, their index, config.json (rewritten), reports about the input, and hidden files. Paths are
+    relative to ``folder``, sorted.
+    """
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path
+        for path in files
+        if not any(part.startswith(".") for part in path.parts)
+        and str(path) not in ("config.json", INDEX_NAME)
+        and not path.name.endswith(_NOT_CARRIED_SUFFIXES)
+    )
+
+
+def convert(
+    conversion: Conversion, out: Path, jobs: int, restart: bool, on_progress: Callable[[int], None]
+) -> ConversionSummary:
+    """Write the output folder; continues an interrupted run of the same conversion.
+
+    Raises:
+        OutputError: the output exists, the disk is too small or full, or ``OUT.partial`` belongs to another run.
+        CheckpointError: the input proved bad on the way; ``OUT.partial`` is then removed, since it cannot be continued.
+    """
+    checkpoint, layout, out = conversion.checkpoint, conversion.layout(), out.resolve()
+    check_output_free(out)
+    work = out.with_name(out.name + ".partial")
+    product = work / "checkpoint"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        journal = Journal(work, conversion.fingerprint(), restart)
+        try:
+            if not journal.finished and product.exists():
+                shutil.rmtree(product)
+            product.mkdir(exist_ok=True)
+            carried = carried_files(checkpoint.folder)
+            _check_disk(layout, sum((checkpoint.folder / path).stat().st_size for path in carried), product)
+            with checkpoint:
+                summary = write_shards(product, conversion.steps, layout, journal, jobs, on_progress)
+            for path in carried:
+                (product / path).parent.mkdir(parents=True, exist_ok=True)
+                write_synced(product / path, (checkpoint.folder / path).read_bytes())
+            write_synced(product / "config.json", json.dumps(conversion.config, indent=2).encode() + b"\n")
+            _publish(product, out)
+            _remove_work(work)
+        except OutputError:
+            raise
+        except CheckpointError:
+            shutil.rmtree(product, ignore_errors=True)
+            _remove_work(work)
+            raise
+        finally:
+            journal.close()
+    except OSError as error:
+        raise disk_error(out, error) from error
+    return ConversionSummary(output_bytes=layout.total_bytes, write=summary)
+
+
+def check_output_free(out: Path) -> None:
+    """Refuse an output that exists, unless it is an empty folder.
+
+    Raises:
+        OutputError: ``out`` is a file or a folder with something in it.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        work = out.with_name(out.name + ".partial")
+        if (work / JOURNAL_NAME).exists() and not (work / "checkpoint").exists():
+            _remove_work(work)  # killed between the rename and the clean-up: the output is complete
+        raise OutputError(f"{out} exists already. Choose another output folder, or delete this one.")
+
+
+def _check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
+    """Compare what is still to be allocated with what is free (files of an interrupted run are sparse)."""
+    present = (product / file_name for file_name in layout.headers)
+    allocated_bytes = sum(path.stat().st_blocks * 512 for path in present if path.exists())
+    needed_bytes = layout.total_bytes + carried_bytes - allocated_bytes
+    free_bytes = shutil.disk_usage(product).free
+    if needed_bytes > free_bytes:
+        raise OutputError(
+            f"{product.parent.parent}: {needed_bytes / 1e9:.2f} GB are needed, {free_bytes / 1e9:.2f} GB are free. "
+            "Free some space, or write to another disk."
+        )
+
+
+def _publish(product: Path, out: Path) -> None:
+    """Give the finished folder its name; after this it is complete even if the power fails."""
+    _sync_folder(product)
+    os.rename(product, out)  # noqa: PTH104  replaces an empty folder, which Path.rename documents differently
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_work(work: Path) -> None:
+    (work / JOURNAL_NAME).unlink(missing_ok=True)
+    if not any(work.iterdir()):
+        work.rmdir()

@@ -1,0 +1,49 @@
+"""Tables for people: what a checkpoint holds, and what a conversion changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from step128_checkpoint.inspect import ComponentSize, Inspection
+
+
+def before_and_after(before: Sequence[ComponentSize], after: Sequence[ComponentSize]) -> Table:
+    """Bytes of each component before and after a conversion."""
+    table = Table(title="bytes by component")
+    for heading in ("component", "parameters", "before MB", "after MB", "bits/weight"):
+        table.add_column(heading, justify="left" if heading == "component" else "right")
+    old = {row.component: row.size_bytes for row in before}
+    for row in after:
+        table.add_row(
+            row.component,
+            f"{row.parameters:,}",
+            f"{old.get(row.component, 0) / 1e6:,.3f}",
+            f"{row.size_bytes / 1e6:,.3f}",
+            f"{row.bits_per_weight:.2f}",
+        )
+    return table
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print an inspection to standard output."""
+    table = Table(title=f"{found.folder}: {found.architecture}, {found.shards} files, policy {found.policy or 'none'}")
+    for heading in ("component", "tensors", "parameters", "MB", "bits/weight"):
+        table.add_column(heading, justify="left" if heading == "component" else "right")
+    for row in (*found.components, found.total):
+        cells = (row.component, str(row.tensors), f"{row.parameters:,}", f"{row.size_bytes / 1e6:,.3f}")
+        table.add_row(*cells, f"{row.bits_per_weight:.2f}", style="bold" if row is found.total else None)
+    console = Console()
+    console.print(table)
+    if scales := found.kv_scales:
+        console.print(
+            f"KV scales: {scales.layers} layers, K {scales.k_min:.4g} to {scales.k_max:.4g}, "
+            f"V {scales.v_min:.4g} to {scales.v_max:.4g}"
+        )
+    else:
+        console.print("KV scales: none")
+    for problem in found.problems:
+        console.print(f"[red]problem:[/red] {escape(problem)}")

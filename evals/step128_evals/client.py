@@ -1,0 +1,144 @@
+"""One OpenAI-compatible endpoint, asynchronous; every failure becomes a sentence with an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import openai
+
+from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+
+_TIMEOUT_SECONDS = 600.0  # a long prompt on a CPU takes minutes
+
+
+# Inside a stream, openai lets its transport's own errors through: httpx's up to release 2, httpx2's since 3.
+_CONNECTION_ERRORS: tuple[type[Exception], ...] = (
+    openai.APIConnectionError,
+    *(importlib.import_module(name).HTTPError for name in ("httpx", "httpx2") if importlib.util.find_spec(name)),
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What ``/v1/models`` says. ``max_context_tokens`` is vLLM's ``max_model_len``; None if the server hides it."""
+
+    name: str
+    max_context_tokens: int | None
+
+
+class Client:
+    """Use as an async context manager. ``openai`` is the official client; the methods are what it lacks.
+
+    Args:
+        base_url: the server's address, with or without ``/v1``.
+        api_key: sent as a bearer token; None for a server without one.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        self.root_url = base_url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.AsyncClient(base_url=self.root_url, headers=headers, timeout=_TIMEOUT_SECONDS)
+        # No retries: an eval must see a failure, not hide it.
+        self.openai = openai.AsyncOpenAI(
+            base_url=f"{self.root_url}/v1", api_key=api_key or "none", max_retries=0, timeout=_TIMEOUT_SECONDS
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+        await self.openai.close()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn the exceptions of both HTTP libraries into :class:`EvalError`.
+
+        Raises:
+            ServerUnreachableError: no connection, or it broke, or no answer in time.
+            UnauthorizedError: status 401 or 403.
+            UnsupportedError: status 404 or 405.
+            EvalError: any other status, or an answer that is not what the API promises.
+        """
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            raise self._status_error(error.response.status_code, _reason(error.response)) from error
+        except openai.APIStatusError as error:
+            raise self._status_error(error.status_code, error.message) from error
+        except _CONNECTION_ERRORS as error:
+            cause = error.__cause__ or error
+            raise ServerUnreachableError(
+                f"no answer from {self.root_url} ({type(cause).__name__}: {cause}). "
+                "Is the server running, and is this its address? `step128 serve` starts one."
+            ) from error
+        except openai.APIError as error:
+            raise EvalError(f"{self.root_url} broke off with an error: {error.message}") from error
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise EvalError(f"{self.root_url} sent an answer that does not follow the API: {error!r}") from error
+
+    def _status_error(self, status: int, reason: str) -> EvalError:
+        if status in (401, 403):
+            return UnauthorizedError(
+                f"{self.root_url} refuses the API key (status {status}). "
+                "Pass the server's key with --api-key-file FILE, or in VLLM_API_KEY."
+            )
+        kind = UnsupportedError if status in (404, 405) else EvalError
+        return kind(f"{self.root_url} answered with status {status}: {reason}")
+
+    async def get_text(self, path: str) -> str:
+        """GET a text document, for instance ``/metrics``."""
+        with self.explained():
+            response = await self._http.get(path)
+            response.raise_for_status()
+            return response.text
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST JSON, return the JSON object that comes back."""
+        with self.explained():
+            response = await self._http.post(path, json=body)
+            response.raise_for_status()
+            answer = response.json()
+            if not isinstance(answer, dict):
+                raise TypeError(f"a JSON object was expected, not {type(answer).__name__}")
+            return answer
+
+    async def model(self, name: str | None = None) -> ModelInfo:
+        """The served model of that name, or the first one.
+
+        Raises:
+            EvalError: the server does not serve it.
+        """
+        with self.explained():
+            models: list[dict[str, Any]] = json.loads(await self.get_text("/v1/models"))["data"]
+            for entry in models:
+                if name in (None, entry["id"]):
+                    return ModelInfo(entry["id"], entry.get("max_model_len"))
+        served = ", ".join(entry["id"] for entry in models) or "nothing"
+        raise EvalError(f"{self.root_url} does not serve {name or 'any model'}; it serves {served}")
+
+    async def tokenize(self, model: str, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, by the server's own tokenizer (vLLM's ``/tokenize``)."""
+        body = {"model": model, "prompt": text, "add_special_tokens": add_special_tokens}
+        with self.explained():
+            return [int(token) for token in (await self.post("/tokenize", body))["tokens"]]
+
+
+def _reason(response: httpx.Response) -> str:
+    """The server's own words, from the places where OpenAI-like servers put them."""
+    try:
+        document = response.json()
+        error = document.get("error", document)
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (json.JSONDecodeError, AttributeError, KeyError):
+        return response.reason_phrase

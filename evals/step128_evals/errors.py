@@ -1,0 +1,37 @@
+"""What can go wrong with an endpoint, each with the exit code that the command line ends with."""
+
+from __future__ import annotations
+
+
+class EvalError(Exception):
+    """The endpoint answered, but not as it should."""
+
+    exit_code = 70
+
+
+class ServerUnreachableError(EvalError):
+    """Nothing answers at the address, or the server died while answering."""
+
+    exit_code = 69
+
+
+class UnauthorizedError(EvalError):
+    """The server refuses the API key."""
+
+    exit_code = 5
+
+
+class UnsupportedError(EvalError):
+    """The server does not have what was asked for (status 404 or 405)."""
+
+
+class InputNotFoundError(EvalError):
+    """A local file does not exist."""
+
+    exit_code = 66
+
+
+class BadInputError(EvalError):
+    """A local file exists but cannot be used."""
+
+    exit_code = 65

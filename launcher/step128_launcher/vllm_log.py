@@ -1,0 +1,95 @@
+"""Reading vLLM's log: which phase of the start it is in, and why it died."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# Log text of vLLM 0.32 -> what it means to someone waiting.
+_PHASES = (
+    ("Application startup complete", "answering"),
+    ("Starting vLLM server", "opening the port"),
+    ("KV cache size", "KV cache allocated"),
+    ("Available KV cache memory", "allocating the KV cache"),
+    ("Explicitly set (", "allocating the KV cache"),
+    ("Model loading took", "weights loaded"),
+    ("Loading drafter model", "loading the MTP draft"),
+    ("Loading weights took", "weights loaded"),
+    ("Loading safetensors", "loading weights"),
+    ("Starting to load model", "loading weights"),
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("vLLM API server version", "starting the API server"),
+)
+
+# "(EngineCore pid=12) ERROR 11-23 16:30:00 [core.py:42] text" -> text
+_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:ERROR|WARNING|INFO)\s+\d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b(?::|$)")
+_STEP128 = re.compile(r"(?:^|[\s:])step128: (.+)$")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+# What vLLM's outer processes say when an inner one died; the cause stands further up.
+_CONSEQUENCES = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "EngineDeadError",
+    "Executor failed",
+)
+_DEAD_WORKER = "died unexpectedly"
+_TAIL_BYTES = 2_000_000
+
+
+def phase_of(line: str) -> str | None:
+    """Return the phase a log line announces, or None."""
+    return next((phase for text, phase in _PHASES if text in line), None)
+
+
+def read_tail(path: Path) -> list[str]:
+    """Return the log's last lines without colours and vLLM's prefixes; empty if there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+
+
+def plugin_error(lines: list[str]) -> str | None:
+    """Return what our plugin complained about (`step128: …`), or None."""
+    for line in lines:
+        match = _STEP128.search(line)
+        if match and (_EXCEPTION.match(line) or line.startswith("step128: ")):
+            return match[1]
+    return None
+
+
+def cause(lines: list[str]) -> list[str]:
+    """Return the lines that say why vLLM died: the last exception that is no mere consequence, else the last lines."""
+    reasons = [index for index, line in enumerate(lines) if _EXCEPTION.match(line) or _DEAD_WORKER in line]
+    roots = [index for index in reasons if not any(text in lines[index] for text in _CONSEQUENCES)]
+    if not reasons:
+        return [line for line in lines if line][-5:]
+    start = (roots or reasons)[-1]
+    # Some exceptions say what is wrong on the indented lines after their name.
+    details = itertools.takewhile(lambda line: line.startswith("  "), lines[start + 1 : start + 4])
+    return [lines[start], *(line.strip() for line in details)]
+
+
+class LogFollower:
+    """Yields the lines appended to a file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new_lines(self) -> Sequence[str]:
+        """Return the complete lines added; a line still being written stays for the next call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        complete = data.rfind(b"\n") + 1
+        self._offset += complete
+        return data[:complete].decode("utf-8", errors="replace").splitlines()

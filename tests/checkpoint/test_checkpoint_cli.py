@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from step128_checkpoint.cli import main
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from step128_checkpoint.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'vllm', 'transformers', 'safetensors'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "tiny" in done.stdout
+    assert "65 bad checkpoint or data" in done.stdout
+
+
+def test_missing_extra_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "step128_checkpoint.tiny.cli", None)
+    assert main(["tiny", "out"]) == 78
+    assert "pip install 'step128[checkpoint]'" in capsys.readouterr().err
+
+
+def test_unknown_policy(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(make_checkpoint()), str(tmp_path / "out"), "--policy", "most", "--json"]
+    assert main(command) == 78
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["exit_code"] == 78
+    assert "experts, experts+linears, all-linears, all" in captured.err
+
+
+def test_output_inside_the_input(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_checkpoint()
+    assert main(["quantize", str(source), str(source / "nl4")]) == 73
+    assert "inside the input" in capsys.readouterr().err
+    assert not (source / "nl4").exists()
+
+
+def test_output_without_permission(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "out.partial")
+
+    source = make_checkpoint()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["quantize", str(source), str(tmp_path / "out")]) == 5
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_2(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["quantize", str(tmp_path), str(tmp_path / "out"), "--jobs", "0"])
+    assert raised.value.code == 2
+
+
+def test_interrupt_keeps_the_work(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source, out = make_checkpoint(), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("step128_checkpoint.conversion.write_synced", interrupt)
+        assert main(["quantize", str(source), str(out)]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["quantize", str(source), str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["written_tensors"] == 0
+    assert report["verified_tensors"] > 50

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from step128_checkpoint import quantize as quantize_module
+from step128_checkpoint.cli import main
+from step128_checkpoint.dtypes import from_float32, to_float32
+from step128_checkpoint.policy import load_policy
+from step128_checkpoint.reader import open_checkpoint
+from step128_kernels import codebook
+
+MakeCheckpoint = Callable[..., Path]
+EXPERTS = "model.layers.1.moe.gate_proj.weight"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def weight(folder: Path, name: str) -> np.ndarray:
+    """A tensor of ours, read in full, as float32."""
+    with open_checkpoint(folder) as checkpoint:
+        tensor = checkpoint.tensors[name]
+        return to_float32(checkpoint.read(name), tensor.dtype, tensor.shape)
+
+
+def foreign_read(folder: Path, name: str) -> np.ndarray:
+    """A tensor as the safetensors library reads it."""
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(folder / weight_map[name], "np") as file:
+        return file.get_tensor(name)
+
+
+@pytest.mark.parametrize("scale_search", ["mse", "absmax"])
+@pytest.mark.parametrize("policy_name", ["experts", "experts+linears", "all-linears", "all"])
+def test_round_trip_is_the_codebooks(
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy_name: str,
+    scale_search: codebook.ScaleSearch,
+) -> None:
+    monkeypatch.setattr(quantize_module, "_PIECE_WEIGHTS", 1000)  # several pieces a matrix, the last one shorter
+    source, packed, plain = make_checkpoint(), tmp_path / "nl4", tmp_path / "f32"
+    assert run("quantize", source, packed, "--policy", policy_name, "--scale-search", scale_search) == 0
+    assert run("dequantize", packed, plain) == 0
+    policy = load_policy(policy_name)
+    quantized = 0
+    before, after = open_checkpoint(source), open_checkpoint(plain)
+    assert set(before.tensors) == set(after.tensors)
+    for name in before.tensors:
+        if policy.quantizes(name, before.num_hidden_layers):
+            indices, scale = codebook.quantize(weight(source, name), None, scale_search)
+            np.testing.assert_array_equal(foreign_read(packed, f"{name}_packed"), indices)
+            np.testing.assert_array_equal(foreign_read(packed, f"{name}_scale"), scale)
+            np.testing.assert_array_equal(foreign_read(plain, name), codebook.dequantize(indices, scale))
+            quantized += 1
+        else:
+            np.testing.assert_array_equal(weight(plain, name), weight(source, name))
+            assert after.tensors[name].dtype == before.tensors[name].dtype
+    assert quantized > 0
+
+
+def test_config_and_files_are_carried(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, packed, plain = make_checkpoint(), tmp_path / "nl4", tmp_path / "bf16-again"
+    assert run("quantize", source, packed) == 0
+    config = json.loads((packed / "config.json").read_text())
+    entry = config.pop("quantization_config")
+    assert config == json.loads((source / "config.json").read_text())
+    assert entry == {
+        "quant_method": "nl4",
+        "format_version": 1,
+        "group_size": 16,
+        "bits_per_weight": 5.0,
+        "codebook": list(codebook.CODEBOOK),
+        "scale_dtype": "float16",
+        "policy": "all-linears",
+        "quantized_components": [
+            "routed_experts",
+            "shared_experts",
+            "attention",
+            "dense_mlp",
+            "lm_head",
+            "mtp_linears",
+            "mtp_heads",
+        ],
+        "unquantized_components": ["embed_tokens", "vision_linears"],
+        "scale_search": "mse",
+        "importance": None,
+    }
+    for name in ("tokenizer.json", "chat_template.jinja", "model-kvscales.safetensors"):
+        assert (packed / name).exists()
+    assert (packed / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (packed / "tiny_report.json").exists()
+    assert not (packed / ".cache").exists()
+    assert run("dequantize", packed, plain, "--dtype", "bfloat16") == 0
+    assert json.loads((plain / "config.json").read_text()) == config
+    name = "model.layers.1.self_attn.v_proj.v_scale"
+    np.testing.assert_array_equal(foreign_read(plain, name), foreign_read(source, name))
+    expanded = codebook.dequantize(foreign_read(packed, f"{EXPERTS}_packed"), foreign_read(packed, f"{EXPERTS}_scale"))
+    rounded = to_float32(from_float32(expanded, "BF16").tobytes(), "BF16", expanded.shape)
+    np.testing.assert_array_equal(weight(plain, EXPERTS), rounded)
+
+
+def test_float32_result_says_so(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert run("quantize", make_checkpoint(), tmp_path / "nl4") == 0
+    assert run("dequantize", tmp_path / "nl4", tmp_path / "f32") == 0
+    config = json.loads((tmp_path / "f32" / "config.json").read_text())
+    assert (config["torch_dtype"], config["text_config"]["torch_dtype"]) == ("float32", "float32")
+    assert "quantization_config" not in config
+
+
+def test_importance_by_tensor_and_by_expert(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, importance = make_checkpoint(), tmp_path / "importance.safetensors"
+    random = np.random.default_rng(1)
+    by_expert = random.random((4, 64), dtype=np.float32)
+    by_channel = random.random(64, dtype=np.float32)
+    save_file({EXPERTS: by_expert, "lm_head.weight": by_channel}, importance)
+    assert run("quantize", source, tmp_path / "nl4", "--importance", importance) == 0
+    for expert in range(4):
+        _, scale = codebook.quantize(weight(source, EXPERTS)[expert], by_expert[expert])
+        np.testing.assert_array_equal(foreign_read(tmp_path / "nl4", f"{EXPERTS}_scale")[expert], scale)
+    _, scale = codebook.quantize(weight(source, "lm_head.weight"), by_channel)
+    np.testing.assert_array_equal(foreign_read(tmp_path / "nl4", "lm_head.weight_scale"), scale)
+    entry = json.loads((tmp_path / "nl4" / "config.json").read_text())["quantization_config"]
+    assert len(entry["importance"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [("lm_head.weight", (32,), r"\[64\] is needed"), ("lm_tail.weight", (64,), "is no weight of")],
+)
+def test_bad_importance(
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    shape: tuple[int, ...],
+    message: str,
+) -> None:
+    importance = tmp_path / "importance.safetensors"
+    save_file({name: np.ones(shape, np.float32)}, importance)
+    assert run("quantize", make_checkpoint(), tmp_path / "nl4", "--importance", importance) == 65
+    error = capsys.readouterr().err
+    assert name in error
+    assert message.replace("\\", "") in error
+
+
+def test_bad_weights_name_the_tensor_and_leave_nothing(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.ones((4, 32, 64), np.float32)
+    values[2, 7, 5] = np.nan
+    source = make_checkpoint(replace={EXPERTS: values})
+    assert run("quantize", source, tmp_path / "nl4") == 65
+    error = capsys.readouterr().err
+    assert f"tensor {EXPERTS}, matrix 2, rows 0 to 31" in error
+    assert "NaN" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16"]
+
+
+def test_columns_not_a_multiple_of_16(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint(replace={"lm_head.weight": np.ones((96, 40), np.float32)})
+    assert run("quantize", source, tmp_path / "nl4") == 65
+    assert "tensor lm_head.weight has shape [96, 40]: its last dimension, 40" in capsys.readouterr().err
+    assert run("quantize", source, tmp_path / "nl4", "--policy", "experts") == 0
+
+
+def test_quantized_input_and_foreign_names_are_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint()
+    assert run("quantize", source, tmp_path / "nl4") == 0
+    assert run("quantize", tmp_path / "nl4", tmp_path / "twice") == 65
+    assert "quantized already (quant_method 'nl4')" in capsys.readouterr().err
+    assert run("dequantize", source, tmp_path / "twice") == 65
+    assert "is not quantized" in capsys.readouterr().err
+    names = {"model.embed_tokens.weight": (32, 64), "decoder.0.experts.weight": (4, 32, 64)}
+    assert run("quantize", make_checkpoint("foreign", names), tmp_path / "twice") == 65
+    assert "no tensor of component" in capsys.readouterr().err
+
+
+def test_config_that_cannot_be_read(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint()
+    config = json.loads((source / "config.json").read_text())
+    for key, value in (("moe_layers_enum", "1,two"), ("moe_layers_enum", 3), ("num_hidden_layers", None)):
+        (source / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | {key: value}}))
+        assert run("quantize", source, tmp_path / "nl4") == 65
+        assert f"config.json: {key} is" in capsys.readouterr().err
+    (source / "config.json").write_text("{")
+    assert run("quantize", source, tmp_path / "nl4") == 65
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing_and_gives_sizes(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint()
+    assert run("quantize", source, tmp_path / "nl4", "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
+    assert run("quantize", source, tmp_path / "nl4", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert planned["components"] == done["components"]
+    experts = next(row for row in done["components"] if row["component"] == "routed_experts")
+    assert experts["bits_per_weight"] == 5.0
+
+
+def test_inspect(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", make_checkpoint(), tmp_path / "nl4") == 0
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "nl4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "all-linears"
+    assert found["problems"] == []
+    assert found["kv_scales"]["layers"] == 4
+    assert found["kv_scales"]["k_min"] == pytest.approx(0.01)
+    assert found["components"][-1]["component"] == "total"
+    assert run("inspect", tmp_path / "nl4") == 0
+    assert "routed_experts" in capsys.readouterr().out
+
+
+def test_inspect_reports_problems(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", make_checkpoint(), tmp_path / "nl4") == 0
+    for path in tmp_path.glob("nl4/*"):
+        if path.suffix in (".safetensors", ".json"):  # same length, so that the headers stay valid
+            path.write_bytes(path.read_bytes().replace(b"lm_head.weight_scale", b"lm_head.weight_scald"))
+    assert run("inspect", tmp_path / "nl4") == 65
+    assert "lm_head.weight_packed has no scale" in capsys.readouterr().out.replace("\n", " ")
+
+
+# Peak resident memory of a process that quantizes and carries tensors far larger than its bound.
+MEASURED_RUN = """
+import re, sys
+from pathlib import Path
+from step128_checkpoint.cli import main
+def peak_kib():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+base = peak_kib()
+code = main(["quantize", sys.argv[1], sys.argv[2], "--policy", "experts", "--scale-search", "absmax", "--jobs", "2"])
+assert code == 0
+print((peak_kib() - base) * 1024)
+"""
+
+
+def test_memory_is_bounded_by_pieces(tmp_path: Path) -> None:
+    """400 MB: one carried tensor of 360 MB and one 3-D weight of 40 MB."""
+    source = tmp_path / "big"
+    source.mkdir()
+    text = {"num_hidden_layers": 1, "moe_layers_enum": "0"}
+    (source / "config.json").write_text(json.dumps(text))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (44000, 4096),
+        "lm_head.weight": (16, 16),
+        "model.layers.0.moe.gate_proj.weight": (8, 640, 4096),
+        "model.layers.0.share_expert.gate_proj.weight": (16, 16),
+        "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    }
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text_bytes = json.dumps(header).encode()
+    with (source / "model.safetensors").open("wb") as stream:
+        stream.write(len(text_bytes).to_bytes(8, "little") + text_bytes)
+        stream.truncate(8 + len(text_bytes) + end)  # sparse zeros
+    command = [sys.executable, "-c", MEASURED_RUN, str(source), str(tmp_path / "nl4")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    used_bytes = int(done.stdout.splitlines()[-1])
+    print(f"peak over the start: {used_bytes / 1e6:.0f} MB for {end / 1e6:.0f} MB of weights")
+    assert used_bytes < 100e6  # two jobs: twice the bound that quantize.py states

@@ -1,0 +1,191 @@
+"""The exact argv and environment, the API key, and the command line."""
+
+import json
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from step128_launcher import cli
+from step128_launcher.api_key import find_api_key
+from step128_launcher.checkpoint import ModelFootprint
+from step128_launcher.command import Server, server_argv, server_environment
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.hardware import Hardware
+from step128_launcher.plan import Limits, Plan
+from step128_launcher.planner import make_plan
+from step128_launcher.profiles import Profile
+
+SERVER = Server(Path("/models/m"), "m", "127.0.0.1", 8000, Path("/state/load-reports"), 20)
+
+
+@pytest.fixture
+def plan(footprint: ModelFootprint, cpu_profile: Profile, make_machine: Callable[..., Hardware]) -> Plan:
+    return make_plan(make_machine(cpus=2), footprint, cpu_profile, Limits())
+
+
+def test_argv(plan: Plan) -> None:
+    wanted = f"""--model /models/m --served-model-name m --host 127.0.0.1 --port 8000 --load-format step128
+        --dtype bfloat16 --max-model-len 4096 --block-size 128 --kv-cache-dtype fp8
+        --kv-cache-memory-bytes {plan.kv_cache_memory_bytes} --max-num-seqs 8 --max-num-batched-tokens 1024
+        --tensor-parallel-size 1 --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
+        --shutdown-timeout 20 --disable-fastapi-docs --speculative-config""".split()
+    wanted += ['{"method": "mtp", "num_speculative_tokens": 3}', "--enforce-eager"]
+    assert server_argv(plan, SERVER) == (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *wanted)
+
+
+def test_argv_without_mtp_and_eager(plan: Plan) -> None:
+    argv = server_argv(replace(plan, num_speculative_tokens=0, enforce_eager=False), SERVER)
+    assert "--speculative-config" not in argv and "--enforce-eager" not in argv
+
+
+def test_vllm_knows_every_flag(plan: Plan) -> None:
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    argv = list(server_argv(plan, SERVER)[3:])
+    argv[argv.index("--load-format") + 1] = "auto"  # ours is registered by the plugin, in vLLM's own processes
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    assert parsed.kv_cache_memory_bytes == plan.kv_cache_memory_bytes
+    assert parsed.shutdown_timeout == 20 and parsed.api_key is None
+
+
+def test_environment(plan: Plan) -> None:
+    base = {"PATH": "/bin", "VLLM_CPU_KVCACHE_SPACE": "4", "STEP128_API_KEY": "secret", "VLLM_PLUGINS": "a, step128"}
+    environment = server_environment(base, plan, SERVER, "secret")
+    assert environment == {
+        "PATH": "/bin",
+        "VLLM_PLUGINS": "a, step128",
+        "VLLM_API_KEY": "secret",
+        "STEP128_LOAD_REPORT_DIR": "/state/load-reports",
+        "VLLM_CPU_OMP_THREADS_BIND": "0,1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONSAFEPATH": "1",
+    }
+    assert "secret" not in " ".join(server_argv(plan, SERVER))
+
+
+@pytest.mark.parametrize("plugins", ["", "other", "step1289"])
+def test_a_plugin_list_without_ours_is_refused(plugins: str, plan: Plan) -> None:
+    with pytest.raises(LauncherError, match="VLLM_PLUGINS") as caught:
+        server_environment({"VLLM_PLUGINS": plugins}, plan, SERVER, "k")
+    assert caught.value.exit_code == ExitCode.BAD_CONFIGURATION
+
+
+def test_a_generated_key_is_private_and_kept(tmp_path: Path) -> None:
+    first = find_api_key(None, {}, tmp_path)
+    path = tmp_path / "api_key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(first.value) >= 32 and str(path) in first.source and first.value not in repr(first)
+    assert find_api_key(None, {}, tmp_path) == first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["api_key"]
+
+
+def test_where_a_key_comes_from(tmp_path: Path) -> None:
+    environment = {"STEP128_API_KEY": "ours", "VLLM_API_KEY": "theirs"}
+    given = tmp_path / "given"
+    given.write_text("from file\n")
+    assert find_api_key(given, environment, tmp_path).value == "from file"
+    assert find_api_key(None, environment, tmp_path).value == "ours"
+    assert find_api_key(None, {"VLLM_API_KEY": "theirs"}, tmp_path).value == "theirs"
+
+
+def test_keys_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    cases = [
+        (tmp_path / "none", {}, ExitCode.INPUT_NOT_FOUND),
+        (tmp_path / "empty", {}, ExitCode.BAD_CONFIGURATION),
+        (None, {"VLLM_API_KEY": " "}, ExitCode.BAD_CONFIGURATION),
+    ]
+    for key_file, environment, code in cases:
+        with pytest.raises(LauncherError) as caught:
+            find_api_key(key_file, environment, tmp_path)
+        assert caught.value.exit_code == code
+
+
+def test_plan_json(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_checkpoint()
+    assert cli.main(["plan", str(model), "--profile", "cpu", "--memory", "4GiB", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["result"]) == (1, "fits")
+    assert document["settings"]["num_speculative_tokens"] == 3
+    assert document["argv"][document["argv"].index("--model") + 1] == str(model)
+    assert sum(line["bytes"] for line in document["memory"]["lines"]) == document["memory"]["total_bytes"]
+    assert {line["evidence"] for line in document["memory"]["lines"]} == {"computed", "vLLM's code", "assumed"}
+
+
+def test_plan_that_does_not_fit(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(make_checkpoint()), "--profile", "cpu", "--memory", "1GiB"]
+    assert cli.main(arguments) == ExitCode.DOES_NOT_FIT
+    output = capsys.readouterr()
+    assert output.out == "" and "does not fit" in output.err and "KV cache" in output.err and "Try:" in output.err
+    assert cli.main([*arguments, "--json"]) == ExitCode.DOES_NOT_FIT
+    assert json.loads(capsys.readouterr().out)["result"] == "does not fit"
+
+
+def test_plan_for_people(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(make_checkpoint()), "--profile", "cpu", "--memory", "4GiB"]) == 0
+    text = capsys.readouterr().out
+    for part in ("weights: routed_experts", "KV cache", "RESULT   fits: context 4096, MTP 3, KV fp8", "budget"):
+        assert part in text
+
+
+def test_dry_run_shows_the_command_without_the_key(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STEP128_API_KEY", "very-secret")
+    state = tmp_path / "state"
+    arguments = ["serve", str(make_checkpoint()), "--profile", "cpu", "--memory", "4GiB", "--state-dir", str(state)]
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "vllm.entrypoints.openai.api_server" in output and "VLLM_API_KEY=(redacted)" in output
+    assert "very-secret" not in output and not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["plan", "/nowhere", "--profile", "cpu"], ExitCode.INPUT_NOT_FOUND),
+        (["plan", "/nowhere", "--profile", "tpu"], ExitCode.BAD_CONFIGURATION),
+    ],
+)
+def test_errors_are_for_people(arguments: list[str], code: ExitCode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["plan"], ["plan", "m", "--memory", "4"], ["serve", "m", "--port", "0"]])
+def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == ExitCode.USAGE
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profiles"]) == 0
+    assert capsys.readouterr().out.startswith("cpu ")
+    assert cli.main(["profiles", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profiles"][0]["name"] == "cpu"
+
+
+def test_auto_profile_on_a_gpu_machine(
+    make_checkpoint: Callable[..., Path],
+    make_machine: Callable[..., Hardware],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "probe", lambda: replace(make_machine(), has_amd_gpu=True))
+    model = str(make_checkpoint())
+    assert cli.main(["plan", model]) == ExitCode.UNSUPPORTED_HARDWARE
+    assert "--profile cpu" in capsys.readouterr().err
+    assert cli.main(["plan", model, "--profile", "cpu"]) == 0

@@ -1,0 +1,207 @@
+"""The planner's choices, refusals and properties."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from step128_launcher.checkpoint import ModelFootprint, read_footprint
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.hardware import Hardware
+from step128_launcher.kv_cache import kv_shape
+from step128_launcher.plan import DoesNotFitError, Limits, Plan
+from step128_launcher.planner import make_plan
+from step128_launcher.profiles import Profile
+from step128_launcher.quantization import Format
+
+MakeMachine = Callable[..., Hardware]
+
+
+def shape_of(plan: Plan, footprint: ModelFootprint):  # type: ignore[no-untyped-def]
+    element = 1 if plan.kv_cache_dtype == "fp8" else {"bfloat16": 2, "float32": 4}[plan.dtype]
+    return kv_shape(
+        footprint.config,
+        mtp_layers=footprint.mtp_layers,
+        num_speculative_tokens=plan.num_speculative_tokens,
+        tensor_parallel_size=plan.tensor_parallel_size,
+        bytes_per_element=element,
+        block_size_tokens=plan.block_size,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        concurrent_batches=1,
+    )
+
+
+def test_a_roomy_machine_gets_everything(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    plan = make_plan(make_machine(), footprint, cpu_profile, Limits())
+    assert (plan.max_model_len, plan.num_speculative_tokens, plan.kv_cache_dtype) == (4096, 3, "fp8")
+    assert plan.prediction.kv_cache_max_concurrency >= plan.max_num_seqs
+    assert any("Context 4096: the model's own maximum" in reason for reason in plan.reasons)
+    assert plan.rejected == ()
+
+
+def test_tight_memory_shortens_the_context_and_says_so(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    profile = replace(cpu_profile, kv_cache_max_bytes=800_000)
+    plan = make_plan(make_machine(), footprint, profile, Limits())
+    assert 256 <= plan.max_model_len < 4096 and plan.max_model_len % 128 == 0
+    rejected = {alternative.wish: alternative.reason for alternative in plan.rejected}
+    assert "KiB available" in rejected["context 4096"] and "needs" in rejected["context 4096"]
+
+
+def test_mtp_gives_way_to_context(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> None:
+    lean = make_plan(make_machine(), footprint, cpu_profile, Limits(num_speculative_tokens=0, max_num_seqs=1))
+    plan = make_plan(
+        make_machine(), footprint, cpu_profile, Limits(memory_bytes=lean.memory.total_bytes, max_num_seqs=1)
+    )
+    assert (plan.max_model_len, plan.num_speculative_tokens) == (4096, 0)
+    assert {"num_speculative_tokens 3", "num_speculative_tokens 1"} <= {item.wish for item in plan.rejected}
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        (Limits(max_model_len=5000), "4096"),
+        (Limits(tensor_parallel_size=3), "does not divide"),
+        (Limits(tensor_parallel_size=4), "6 sliding-attention heads"),
+        (Limits(block_size=48), "multiple of 32"),
+        (Limits(max_num_batched_tokens=4), "--max-num-seqs 8"),
+    ],
+)
+def test_limits_that_contradict_the_model(
+    limits: Limits, text: str, footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    with pytest.raises(LauncherError, match=text) as caught:
+        make_plan(make_machine(), footprint, cpu_profile, limits)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_more_ranks_than_cpus(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> None:
+    with pytest.raises(LauncherError) as caught:
+        make_plan(make_machine(cpus=1), footprint, cpu_profile, Limits(tensor_parallel_size=2))
+    assert caught.value.exit_code == ExitCode.UNSUPPORTED_HARDWARE
+
+
+@pytest.mark.parametrize(("quantized", "kv_scales"), [(True, False), (False, True), (False, False)])
+def test_fp8_only_where_its_scales_take_effect(
+    quantized: bool,
+    kv_scales: bool,
+    make_checkpoint: Callable[..., Path],
+    nl4_format: Format,
+    cpu_profile: Profile,
+    make_machine: MakeMachine,
+) -> None:
+    footprint = read_footprint(make_checkpoint(quantized=quantized, kv_scales=kv_scales), nl4_format)
+    plan = make_plan(make_machine(), footprint, cpu_profile, Limits())
+    assert plan.kv_cache_dtype == "auto"
+    assert [item.wish for item in plan.rejected] == ["kv_cache_dtype fp8"]
+    with pytest.raises(LauncherError, match="calibrated KV scales"):
+        make_plan(make_machine(), footprint, cpu_profile, Limits(kv_cache_dtype="fp8"))
+
+
+def test_no_mtp_layers_no_mtp(
+    make_checkpoint: Callable[..., Path], nl4_format: Format, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    footprint = read_footprint(make_checkpoint(mtp=False), nl4_format)
+    plan = make_plan(make_machine(), footprint, cpu_profile, Limits())
+    assert plan.num_speculative_tokens == 0
+    assert not any(line.name.startswith("draft") for line in plan.memory.lines)
+    with pytest.raises(LauncherError, match="the checkpoint has 0"):
+        make_plan(make_machine(), footprint, cpu_profile, Limits(num_speculative_tokens=1))
+
+
+def test_does_not_fit_shows_the_items_and_remedies(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(make_machine(1.0), footprint, cpu_profile, Limits(dtype="float32"))
+    error = caught.value
+    assert error.exit_code == ExitCode.DOES_NOT_FIT
+    assert "missing" in error.message and "--dtype bfloat16" in error.hint
+    assert error.memory.free_bytes < 0 and "KV cache" in {line.name for line in error.memory.lines}
+
+
+def test_tensor_parallel_deals_out_the_cpus(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    plan = make_plan(make_machine(cpus=2), footprint, cpu_profile, Limits(tensor_parallel_size=2))
+    assert plan.omp_threads_bind == "0|1"
+    single = make_plan(make_machine(cpus=2), footprint, cpu_profile, Limits())
+    assert single.omp_threads_bind == "0,1"
+    assert make_plan(make_machine(cpus=8), footprint, cpu_profile, Limits()).omp_threads_bind == "auto"
+
+
+def test_float32_doubles_what_is_not_quantized(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    def lines(dtype: str) -> dict[str, int]:
+        plan = make_plan(make_machine(), footprint, cpu_profile, Limits(dtype=dtype))
+        return {line.name: line.total_bytes for line in plan.memory.lines}
+
+    half, whole = lines("bfloat16"), lines("float32")
+    assert whole["weights: embed_tokens"] == 2 * half["weights: embed_tokens"]
+    assert whole["weights: attention"] == half["weights: attention"]
+    assert whole["weights: router"] == half["weights: router"]
+
+
+property_test = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+budgets = st.integers(min_value=2 << 30, max_value=4 << 30)
+limits = st.builds(
+    Limits,
+    max_model_len=st.none() | st.integers(64, 4096),
+    num_speculative_tokens=st.none() | st.integers(0, 3),
+    max_num_seqs=st.none() | st.integers(1, 64),
+    max_num_batched_tokens=st.none() | st.integers(64, 4096),
+    tensor_parallel_size=st.none() | st.integers(1, 2),
+    dtype=st.none() | st.sampled_from(["bfloat16", "float32"]),
+    block_size=st.none() | st.sampled_from([32, 64, 128]),
+    kv_cache_dtype=st.none() | st.sampled_from(["auto", "fp8"]),
+)
+
+
+@property_test
+@given(wish=limits, budget=budgets)
+def test_an_accepted_plan_never_exceeds_its_budget_and_holds_one_request(
+    wish: Limits, budget: int, footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    try:
+        plan = make_plan(make_machine(), footprint, cpu_profile, replace(wish, memory_bytes=budget))
+    except DoesNotFitError as error:
+        assert error.memory.free_bytes < 0
+        return
+    assert plan.memory.total_bytes <= budget
+    needed = shape_of(plan, footprint).blocks_per_request(plan.max_model_len)
+    assert plan.prediction.num_gpu_blocks >= 1 + needed
+    assert plan.kv_cache_memory_bytes <= cpu_profile.kv_cache_max_bytes
+    if wish.max_model_len:
+        assert plan.max_model_len == wish.max_model_len
+    assert all(item.reason for item in plan.rejected)
+
+
+@property_test
+@given(wish=limits, budget=budgets, more=st.integers(0, 1 << 28))
+def test_more_memory_is_never_worse(
+    wish: Limits, budget: int, more: int, footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    def quality(memory_bytes: int) -> tuple[int, int, int]:
+        try:
+            plan = make_plan(make_machine(), footprint, cpu_profile, replace(wish, memory_bytes=memory_bytes))
+        except DoesNotFitError:
+            return (0, 0, 0)
+        return (plan.max_model_len, plan.num_speculative_tokens, plan.prediction.num_gpu_blocks)
+
+    less, greater = quality(budget), quality(budget + more)
+    assert greater[:2] >= less[:2]
+    if greater[:2] == less[:2]:
+        assert greater[2] >= less[2]
+
+
+def test_the_plan_is_pure(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> None:
+    assert make_plan(make_machine(), footprint, cpu_profile, Limits()) == make_plan(
+        make_machine(), footprint, cpu_profile, Limits()
+    )
