@@ -67,7 +67,7 @@ def kv_cache_dtype(
     scales = footprint.kv_scales is not None
     # vLLM makes the scales' parameters only in a quantized model; elsewhere it would use 1.0 without a word.
     usable = scales and footprint.quantization is not None
-    why_not = "it is not quantized, and vLLM then ignores them" if scales else "it has none"
+    why_not = "it is not quantized, so vLLM would ignore them" if scales else "it has none"
     if limits.kv_cache_dtype == "fp8" and not usable:
         raise usage_error(
             f"--kv-cache-dtype fp8 needs calibrated KV scales from the checkpoint, but {why_not}.",
@@ -78,7 +78,7 @@ def kv_cache_dtype(
         return limits.kv_cache_dtype, f"KV cache in {name}: asked for.", ()
     if usable and profile.prefer_fp8_kv_cache:
         return "fp8", "KV cache in fp8: the checkpoint has calibrated scales for every attention layer.", ()
-    reason = f"needs calibrated scales from the checkpoint, and {why_not}"
+    reason = f"needs calibrated scales from a quantized checkpoint; {why_not}"
     if usable:
         reason = f"profile {profile.name} prefers the serving dtype"
     return "auto", "KV cache in the serving dtype.", (Alternative("kv_cache_dtype fp8", reason),)

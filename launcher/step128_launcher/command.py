@@ -11,6 +11,7 @@ from step128_launcher.plan import Plan
 
 PLUGIN_NAME = "step128"
 API_KEY_VARIABLE = "VLLM_API_KEY"
+MIDDLEWARE = "step128_launcher.middleware.RequireApiKey"
 LOAD_REPORT_VARIABLE = "STEP128_LOAD_REPORT_DIR"
 
 # VLLM_CPU_KVCACHE_SPACE would override --kv-cache-memory-bytes; STEP128_API_KEY is ours and none of vLLM's business.
@@ -58,6 +59,7 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         *("--enable-auto-tool-choice", "--tool-call-parser", "step3p5"),
         *("--shutdown-timeout", str(server.shutdown_timeout_seconds)),
         "--disable-fastapi-docs",
+        *("--middleware", MIDDLEWARE),
     ]
     if plan.num_speculative_tokens:
         speculation = {"method": "mtp", "num_speculative_tokens": plan.num_speculative_tokens}

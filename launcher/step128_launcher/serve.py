@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +23,9 @@ from step128_launcher.verify import Observation, Outcome, failed, verify
 from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail
 
 _POLL_SECONDS = 0.1
-# On top of the time vLLM gives to requests in flight: its own processes need a while to end.
-_EXIT_GRACE_SECONDS = 20.0
+# On top of the time vLLM gives to requests in flight: its processes need a while to end. Longer brings nothing: when
+# that time is over vLLM kills its engine, and then waits without end for the client of a request that was cut off.
+_EXIT_GRACE_SECONDS = 10.0
 # While it loads there is nothing to finish, and vLLM does not act on SIGTERM before it has loaded.
 _LOADING_GRACE_SECONDS = 2.0
 
@@ -36,9 +37,9 @@ class Job:
     plan: Plan
     footprint: ModelFootprint
     server: Server
-    api_key: str
+    api_key: str = field(repr=False)
     argv: tuple[str, ...]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     state_dir: Path
     start_timeout_seconds: float
 
@@ -71,14 +72,15 @@ class Supervisor:
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._serve()
-            self._enter(State.STOPPED)
+            self._status.enter(State.STOPPED)
         except BaseException:
-            self._enter(State.FAILED)
+            self._status.enter(State.FAILED)
             raise
         finally:
             if self._process is not None:
                 self._process.kill()
             self._progress.close()
+            self._write_status()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return ExitCode.OK
@@ -173,7 +175,7 @@ class Supervisor:
         process = self._process
         if process is None or process.exit_status() is not None:
             return
-        self._progress.phase(f"stopping (requests in flight get {self._job.server.shutdown_timeout_seconds} s)")
+        self._progress.phase(f"stopping (at most {seconds:.0f} s)")
         process.terminate()
         deadline = time.monotonic() + seconds
         while not process.wait(_POLL_SECONDS):
@@ -189,20 +191,19 @@ class Supervisor:
 
     def _enter(self, state: State) -> None:
         self._status.enter(state)
-        write_atomically(
-            self._job.state_dir / "status.json",
-            json.dumps(
-                {
-                    "schema": 1,
-                    "state": state.value,
-                    "base_url": self._job.server.base_url,
-                    "served_model_name": self._job.server.served_model_name,
-                    "launcher_pid": os.getpid(),
-                    "vllm_pid": self._process.pid if self._process else None,
-                    "log": str(self._job.log),
-                    "start_seconds": self._status.snapshot().start_seconds,
-                },
-                indent=1,
-            )
-            + "\n",
-        )
+        self._write_status()
+
+    def _write_status(self) -> None:
+        """Write status.json: what other programs need to find this server."""
+        now = self._status.snapshot()
+        document = {
+            "schema": 1,
+            "state": now.state.value,
+            "base_url": self._job.server.base_url,
+            "served_model_name": self._job.server.served_model_name,
+            "launcher_pid": os.getpid(),
+            "vllm_pid": self._process.pid if self._process else None,
+            "log": str(self._job.log),
+            "start_seconds": now.start_seconds,
+        }
+        write_atomically(self._job.state_dir / "status.json", json.dumps(document, indent=1) + "\n")

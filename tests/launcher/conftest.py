@@ -116,6 +116,12 @@ def quantization_config(components: list[str]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def all_linears() -> dict[str, Any]:
+    """The quantization_config of the default policy."""
+    return quantization_config(ALL_LINEARS)
+
+
 @dataclass
 class Draft:
     """A checkpoint about to be written; a test may spoil it first. Tensors: name -> [dtype, shape, data or None]."""

@@ -1,11 +1,13 @@
 """The exact argv and environment, the API key, and the command line."""
 
+import asyncio
 import json
 import stat
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_argv, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.hardware import Hardware
+from step128_launcher.middleware import RequireApiKey
 from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
@@ -32,7 +35,8 @@ def test_argv(plan: Plan) -> None:
         --dtype bfloat16 --max-model-len 4096 --block-size 128 --kv-cache-dtype fp8
         --kv-cache-memory-bytes {plan.kv_cache_memory_bytes} --max-num-seqs 8 --max-num-batched-tokens 1024
         --tensor-parallel-size 1 --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
-        --shutdown-timeout 20 --disable-fastapi-docs --speculative-config""".split()
+        --shutdown-timeout 20 --disable-fastapi-docs
+        --middleware step128_launcher.middleware.RequireApiKey --speculative-config""".split()
     wanted += ['{"method": "mtp", "num_speculative_tokens": 3}', "--enforce-eager"]
     assert server_argv(plan, SERVER) == (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *wanted)
 
@@ -189,3 +193,35 @@ def test_auto_profile_on_a_gpu_machine(
     assert cli.main(["plan", model]) == ExitCode.UNSUPPORTED_HARDWARE
     assert "--profile cpu" in capsys.readouterr().err
     assert cli.main(["plan", model, "--profile", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/health", [], 200),
+        ("/metrics", [], 200),
+        ("/invocations", [], 401),
+        ("/v1/models", [(b"authorization", b"Bearer wrong")], 401),
+        ("/v1/models", [(b"authorization", b"Basic k")], 401),
+        ("/v1/models", [(b"authorization", b"Bearer k")], 200),
+        ("/health/../invocations", [], 401),
+    ],
+)
+def test_every_other_path_needs_the_key(
+    path: str, headers: list[tuple[bytes, bytes]], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read before the key is checked")
+
+    monkeypatch.setenv("VLLM_API_KEY", "k")
+    scope = {"type": "http", "path": path, "headers": headers}
+    asyncio.run(RequireApiKey(app)(scope, receive, send))
+    assert sent[0]["status"] == status

@@ -82,7 +82,7 @@ class FakeVllmConfig:
     def _layout() -> Any:
         from vllm.v1.kv_cache_interface import KVCacheLayout
 
-        return KVCacheLayout("LBHNC") if not hasattr(KVCacheLayout, "LBHNC") else KVCacheLayout.LBHNC
+        return KVCacheLayout.LBNHC
 
 
 @pytest.mark.parametrize("batches", [1, 2])

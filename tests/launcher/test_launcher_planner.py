@@ -1,8 +1,13 @@
 """The planner's choices, refusals and properties."""
 
+import json
+import math
+import os
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,10 +17,12 @@ from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.hardware import Hardware
 from step128_launcher.kv_cache import kv_shape
+from step128_launcher.model_config import read_model_config
 from step128_launcher.plan import DoesNotFitError, Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
-from step128_launcher.quantization import Format
+from step128_launcher.quantization import Format, read_quantization
+from step128_launcher.tensors import expected_tensors
 
 MakeMachine = Callable[..., Hardware]
 
@@ -205,3 +212,41 @@ def test_the_plan_is_pure(footprint: ModelFootprint, cpu_profile: Profile, make_
     assert make_plan(make_machine(), footprint, cpu_profile, Limits()) == make_plan(
         make_machine(), footprint, cpu_profile, Limits()
     )
+
+
+def test_the_real_size_model(
+    real_config: dict[str, Any],
+    all_linears: dict[str, Any],
+    nl4_format: Format,
+    cpu_profile: Profile,
+    make_machine: MakeMachine,
+    tmp_path: Path,
+) -> None:
+    """240 experts, policy all-linears, as sparse files: the weights' bytes by closed form, and a refusal on 16 GiB."""
+    real_config["quantization_config"] = all_linears
+    (tmp_path / "config.json").write_text(json.dumps(real_config))
+    config = read_model_config(tmp_path)
+    quantization = read_quantization(tmp_path / "config.json", config.quantization_config, nl4_format)
+    header: dict[str, Any] = {}
+    end = 0
+    for tensor in expected_tensors(config, nl4_format, quantization).values():
+        dtype, size = {"packed": ("U8", 1), "scale": ("F16", 2)}.get(tensor.role, ("BF16", 2))
+        start, end = end, end + math.prod(tensor.shape) * size
+        header[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(shard, 8 + len(raw) + end)
+
+    footprint = read_footprint(tmp_path, nl4_format)
+    plan = make_plan(make_machine(256.0, 16), footprint, cpu_profile, Limits(max_model_len=32768))
+    weights = sum(line.total_bytes for line in plan.memory.lines if line.name.startswith(("weights", "draft:")))
+    quantized = 158_544_691_200 + 905_969_664 + 3_598_712_832 + 415_236_096 + 660_602_880  # experts, attention, MLPs
+    quantized += 527_958_016 + 742_391_808 + 1_583_874_048  # lm_head, MTP block linears, MTP heads
+    router = 41_297_760
+    assert weights == quantized * 5 // 8 + router * 4 + (169_648_118_368 - quantized - router) * 2
+    assert {line.name: line.total_bytes for line in plan.memory.lines}["rope tables"] == pytest.approx(
+        142.5 * 2**20, rel=0.001
+    )
+    with pytest.raises(DoesNotFitError, match="GiB missing"):
+        make_plan(make_machine(16.0), footprint, cpu_profile, Limits())

@@ -23,6 +23,7 @@ from step128_launcher.exporter import Exporter
 from step128_launcher.hardware import Hardware
 from step128_launcher.plan import Limits
 from step128_launcher.planner import make_plan
+from step128_launcher.process import ProcessGroup
 from step128_launcher.profiles import Profile
 from step128_launcher.progress import Progress
 from step128_launcher.serve import Job, Supervisor
@@ -225,6 +226,23 @@ def test_reports_of_an_earlier_run_do_not_count(bench: Bench) -> None:
     folder.mkdir(parents=True)
     (folder / "target-rank0.json").write_text(json.dumps(bench.spec["reports"].pop("target-rank0.json")))
     assert "plugin_loaded" in bench.fail("ok").message
+
+
+def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
+    """A child killed in the middle leaves its segment to Python's resource tracker, which must get to remove it."""
+    script = (
+        "import time; from multiprocessing.shared_memory import SharedMemory; "
+        "segment = SharedMemory(create=True, size=64); print(segment.name, flush=True); time.sleep(60)"
+    )
+    log = tmp_path / "log"
+    group = ProcessGroup([sys.executable, "-c", script], os.environ, log)
+    deadline = time.monotonic() + 10
+    while not log.read_text().endswith("\n") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    segment = Path("/dev/shm") / log.read_text().strip()
+    assert segment.exists()
+    group.kill()
+    assert not segment.exists() and group.exit_status() == -signal.SIGKILL
 
 
 def test_metrics_show_plan_state_and_verification(bench: Bench) -> None:

@@ -1,0 +1,168 @@
+"""One server for the session, started by the launcher as a user would, and asked through its HTTP interface."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+START_LIMIT_SECONDS = 300
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+    metrics_url: str
+    state: Path
+    log: Path
+
+    def get(self, url: str, data: bytes | None = None, key: str | None = None) -> tuple[int, str]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    @property
+    def key(self) -> str:
+        return (self.state / "api_key").read_text().strip()
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below one, by /proc."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we were looking
+        parents[int(stat.parent.name)] = int(fields[1])
+    found: set[int] = set()
+    while more := {child for child, parent in parents.items() if parent in {pid, *found}} - found:
+        found |= more
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    port, metrics_port = free_port(), free_port()
+    state = folder / "state"
+    program = str(Path(sys.executable).parent / "step128")
+    arguments = ["serve", str(quantized("all")), "--profile", "cpu", "--state-dir", str(state)]
+    arguments += ["--port", str(port), "--metrics-port", str(metrics_port)]
+    log = folder / "launcher.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([program, *arguments], stdout=output, stderr=subprocess.STDOUT)
+    base = f"http://127.0.0.1:{port}"
+    running = Server(process, base, f"http://127.0.0.1:{metrics_port}/metrics", state, log)
+    deadline = time.monotonic() + START_LIMIT_SECONDS
+    while "Ready:" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    yield running
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+
+
+@pytest.mark.serve
+def test_what_was_planned_took_effect(server: Server) -> None:
+    text = server.log.read_text()
+    checks = [line for line in text.splitlines() if line.startswith(("PASS", "WARN", "FAIL"))]
+    assert len(checks) >= 12
+    assert all(line.startswith("PASS") for line in checks), checks
+    for name in ("plugin_loaded", "quantization", "kv_scales", "kv_scales_mtp", "mtp", "quantized_components"):
+        assert any(line.startswith(f"PASS {name}:") for line in checks)
+
+
+@pytest.mark.serve
+def test_only_this_machine_and_only_with_the_key(server: Server) -> None:
+    port = int(server.url.rpartition(":")[2])
+    listening = {
+        line.split()[1]
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        if Path(table).exists()
+        for line in Path(table).read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].rpartition(":")[2], 16) == port
+    }
+    assert listening == {f"0100007F:{port:04X}"}  # 127.0.0.1, little-endian
+    assert server.get(f"{server.url}/v1/models")[0] == 401
+    assert server.get(f"{server.url}/v1/models", key=server.key)[0] == 200
+    assert server.get(f"{server.url}/docs")[0] == 404
+    assert (server.state / "api_key").stat().st_mode & 0o077 == 0
+    assert server.key not in Path(f"/proc/{server.process.pid}/cmdline").read_text()
+    for pid in descendants(server.process.pid):
+        assert server.key not in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.mark.serve
+def test_question_image_and_tool_call(server: Server, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    options = ("--base-url", server.url, "--api-key-file", server.state / "api_key", "--vision-plumbing-only")
+    result = cli("step128-eval", "smoke", *options, "--json")
+    print(result.stderr)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(result.stdout)
+    print(json.dumps(report, indent=1))
+
+
+@pytest.mark.serve
+def test_metrics_of_the_plan_and_of_vllm(server: Server) -> None:
+    status, plan = server.get(server.metrics_url)
+    assert status == 200
+    assert 'step128_server_state{state="ready"} 1.0' in plan
+    assert "step128_plan_max_model_len_tokens 16384.0" in plan
+    assert 'step128_verification{check="kv_scales_mtp"} 1.0' in plan
+    status, vllm = server.get(f"{server.url}/metrics")
+    assert status == 200
+    assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in vllm
+
+
+@pytest.mark.serve
+def test_second_server_on_the_same_port_is_refused(
+    server: Server, cli: Callable[..., subprocess.CompletedProcess[str]], quantized: Callable[..., Path], tmp_path: Path
+) -> None:
+    port = server.url.rpartition(":")[2]
+    options = ("--profile", "cpu", "--state-dir", tmp_path / "state", "--metrics-port", "0", "--port", port)
+    result = cli("step128", "serve", quantized(), *options)
+    assert result.returncode == 75, result.stderr
+    assert server.get(f"{server.url}/health")[0] == 200
+
+
+@pytest.mark.serve
+def test_sigterm_ends_it_cleanly(server: Server) -> None:  # the last one: it ends the module's server
+    children = descendants(server.process.pid)
+    assert len(children) >= 2
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0, server.log.read_text()
+    alive = {pid for pid in children if Path(f"/proc/{pid}").exists() and not _is_zombie(pid)}
+    assert not alive
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=2)
+    assert json.loads((server.state / "status.json").read_text())["state"] == "stopped"
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
