@@ -135,7 +135,7 @@ async def _tool_call(client: Client, model: str, options: SmokeOptions, say: Say
     say(f"\ntool call: {options.tool_question}\n")
     messages: list[dict[str, Any]] = [{"role": "user", "content": options.tool_question}]
     first = await stream_chat(client, model, messages, say, tools=[WEATHER_TOOL], **options.limits)
-    if problem := tool_call_problem(first):
+    if problem := tool_call_problem(first, options.tool_question):
         return Part("tool call", problem, (first,))
     call = first.tool_calls[0]
     weather = json.dumps({"city": json.loads(call["arguments"])["city"], "condition": "sunny", "temperature": 21})
@@ -158,8 +158,8 @@ async def _tool_call(client: Client, model: str, options: SmokeOptions, say: Say
     return Part("tool call", _empty(final), (first, final))
 
 
-def tool_call_problem(answer: Answer) -> str | None:
-    """Say what is wrong with the first tool call of an answer; None if it is a good one."""
+def tool_call_problem(answer: Answer, question: str) -> str | None:
+    """Say what is wrong with the first tool call of an answer; None if it asks for a city that the question names."""
     if not answer.tool_calls:
         return f"no tool call; the answer was {answer.text[:200]!r}, finished by {answer.finish_reason!r}"
     call = answer.tool_calls[0]
@@ -172,6 +172,8 @@ def tool_call_problem(answer: Answer) -> str | None:
     city = arguments.get("city") if isinstance(arguments, dict) else None
     if not isinstance(city, str) or not city.strip():
         return f"the arguments have no city: {call['arguments'][:200]!r}"
+    if city.strip().casefold() not in question.casefold():
+        return f"asked for the weather in {city!r}, which the question does not name"
     return None
 
 

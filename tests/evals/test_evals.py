@@ -97,6 +97,11 @@ def test_server_without_metrics_can_pass(fake_server: Any, capsys: pytest.Captur
         (WEATHER_CALL, ("get_weather", ['{"city": ']), "the arguments are not JSON"),
         (WEATHER_CALL, ("get_weather", ["{}"]), "the arguments have no city"),
         (WEATHER_CALL, ("get_weather", ['["Paris"]']), "the arguments have no city"),
+        (
+            WEATHER_CALL,
+            ("get_weather", ['{"city": "Oslo"}']),
+            "asked for the weather in 'Oslo', which the question does not name",
+        ),
         (3, ("get_weather", ['{"city": "Paris"}']), "no answer, but a call of 'get_weather'"),
     ],
 )

@@ -108,7 +108,10 @@ def test_only_this_machine_and_only_with_the_key(server: Server) -> None:
     assert listening == {f"0100007F:{port:04X}"}  # 127.0.0.1, little-endian
     assert server.get(f"{server.url}/v1/models")[0] == 401
     assert server.get(f"{server.url}/v1/models", key=server.key)[0] == 200
-    assert server.get(f"{server.url}/docs")[0] == 404
+    body = b'{"model": "any", "prompt": "x", "max_tokens": 1}'
+    for path in ("/invocations", "/tokenize", "/v1/completions"):  # vLLM itself guards only the last of these
+        assert server.get(f"{server.url}{path}", body)[0] == 401
+    assert server.get(f"{server.url}/docs", key=server.key)[0] == 404
     assert (server.state / "api_key").stat().st_mode & 0o077 == 0
     assert server.key not in Path(f"/proc/{server.process.pid}/cmdline").read_text()
     for pid in descendants(server.process.pid):
