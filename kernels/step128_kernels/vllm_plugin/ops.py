@@ -14,52 +14,6 @@ from step128_kernels.nl4_moe import nl4_moe
 from step128_kernels.nl4_moe.reference import routed_experts
 
 
-def _linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return nl4_gemm(x, packed, scale)
-
-
-def _linear_fake(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
-
-
-def _moe(
-    x: torch.Tensor,
-    gate_up_packed: torch.Tensor,
-    gate_up_scale: torch.Tensor,
-    down_packed: torch.Tensor,
-    down_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    swiglu_limit: float | None,
-    expert_map: torch.Tensor | None,
-) -> torch.Tensor:
-    return nl4_moe(
-        x,
-        gate_up_packed,
-        gate_up_scale,
-        down_packed,
-        down_scale,
-        topk_weights,
-        topk_ids,
-        swiglu_limit,
-        expert_map,
-    )
-
-
-def _moe_fake(
-    x: torch.Tensor,
-    gate_up_packed: torch.Tensor,
-    gate_up_scale: torch.Tensor,
-    down_packed: torch.Tensor,
-    down_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    swiglu_limit: float | None,
-    expert_map: torch.Tensor | None,
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 def _dense_moe(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -72,21 +26,17 @@ def _dense_moe(
     return routed_experts(x, gate_up.__getitem__, down.__getitem__, topk_weights, topk_ids, swiglu_limit, expert_map)
 
 
-def _dense_moe_fake(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    swiglu_limit: float | None,
-    expert_map: torch.Tensor | None,
-) -> torch.Tensor:
+def _shape_of_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _shape_of_input(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-direct_register_custom_op("step128_nl4_linear", _linear, fake_impl=_linear_fake)
-direct_register_custom_op("step128_nl4_moe", _moe, fake_impl=_moe_fake)
-direct_register_custom_op("step128_dense_moe", _dense_moe, fake_impl=_dense_moe_fake)
+direct_register_custom_op("step128_nl4_linear", nl4_gemm, fake_impl=_shape_of_linear)
+direct_register_custom_op("step128_nl4_moe", nl4_moe, fake_impl=_shape_of_input)
+direct_register_custom_op("step128_dense_moe", _dense_moe, fake_impl=_shape_of_input)
 
 nl4_linear_op = torch.ops.vllm.step128_nl4_linear
 nl4_moe_op = torch.ops.vllm.step128_nl4_moe
