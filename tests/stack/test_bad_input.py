@@ -81,7 +81,7 @@ CASES = [
     (other_codebook, 65, "codebook"),
     (misnamed_tensor, 65, "donw_proj"),
     (missing_mtp_layer, 65, "model.layers.10.eh_proj.weight"),
-    (no_config, 65, "config.json"),
+    (no_config, 66, "config.json"),
 ]
 
 

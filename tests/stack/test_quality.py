@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-TOKENS = 16_384
+TOKENS = 49_152
 CHUNK = 512
 
 
