@@ -18,8 +18,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --editable '.[cpu,checkpoint,evals,dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[cpu,checkpoint,evals,dev]'
 	$(BIN)/python -m step128_kernels.cpu_environment
 	touch $@
 

@@ -27,7 +27,11 @@ _SCHEMAS = (
 _UNNEEDED = ("torchaudio", "torchcodec")
 # Sorts after the .pth file of an editable install, which makes this package importable.
 _PTH_NAME = "zz_step128_torchvision.pth"
-_PTH_LINE = "import step128_kernels.cpu_environment as environment; environment.install_hook()\n"
+# Silent once step128 is uninstalled: a .pth line that fails would complain at every start of the interpreter.
+_PTH_LINE = (
+    "import importlib.util; importlib.util.find_spec('step128_kernels') and "
+    "__import__('step128_kernels.cpu_environment').cpu_environment.install_hook()\n"
+)
 
 
 class _DeclareOperators:

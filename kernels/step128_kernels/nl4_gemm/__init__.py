@@ -6,4 +6,7 @@ here, behind the same signature.
 
 from step128_kernels.nl4_gemm.reference import nl4_gemm_reference as nl4_gemm
 
-__all__ = ["nl4_gemm"]
+WEIGHT_PATH = "torch"
+"""What computes with NL4 weights: ``torch`` (the reference) or ``triton``; in every load report."""
+
+__all__ = ["WEIGHT_PATH", "nl4_gemm"]

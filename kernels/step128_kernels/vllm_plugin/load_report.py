@@ -17,6 +17,7 @@ import torch
 import vllm
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from step128_kernels.nl4_gemm import WEIGHT_PATH
 from step128_kernels.vllm_plugin.components import component_of_module
 from step128_kernels.vllm_plugin.kv_scales import scales_in_effect
 from step128_kernels.vllm_plugin.moe import NL4MoEMethod
@@ -58,7 +59,7 @@ def build(model: torch.nn.Module, vllm_config: Any, role: str, load_seconds: flo
         "model_class": type(model).__name__,
         "quant_method": nl4.get_name() if nl4 else None,
         "policy": nl4.policy if nl4 else None,
-        "weight_path": "torch" if nl4 else None,
+        "weight_path": WEIGHT_PATH if nl4 else None,
         "quantized_modules": quantized_modules(model),
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
         "kv_scales": scales_in_effect(model),

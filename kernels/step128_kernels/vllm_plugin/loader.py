@@ -18,7 +18,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 from step128_kernels.vllm_plugin import LOAD_FORMAT, load_report
-from step128_kernels.vllm_plugin.kv_scales import KV_SCALE_NAME
 from step128_kernels.vllm_plugin.names import checkpoint_names, describe_mismatch
 
 logger = init_logger(f"vllm.{__name__}")
@@ -65,7 +64,7 @@ class Step128ModelLoader(DefaultModelLoader):
             needed = {name for name in needed if _LAYER.match(name)}
         parts = {_part(name) for name in needed}
         present = {name: dtype for name, dtype in self._tensor_dtypes(model_config).items() if _part(name) in parts}
-        problem = describe_mismatch(needed, present, KV_SCALE_NAME)
+        problem = describe_mismatch(needed, present)
         if problem is None:
             problem = _wrong_dtype(present)
         if problem is not None:

@@ -29,6 +29,12 @@ _RENAMES = (
     (re.compile(r"\.mlp\.fc2\."), ".mlp.c_proj."),
 )
 
+# Tensors that a checkpoint may hold although a model does not ask for them: KV-cache scales (they belong to no weight),
+# and both ends of the trunk, which with pipeline parallelism only the first or the last rank needs.
+OPTIONAL_NAME = re.compile(
+    r"\.self_attn\.([kv])_proj\.\1_scale$|^(model\.embed_tokens|model\.norm|lm_head)\.weight(_packed|_scale)?$"
+)
+
 # Attention-layer scales that vLLM creates; the checkpoint may carry the first two, under the projections' names.
 _SCALE = re.compile(r"\.self_attn\.attn\.(k|v|q|prob)_scale$")
 
@@ -50,17 +56,16 @@ def checkpoint_names(parameter_name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def describe_mismatch(needed: Iterable[str], present: Iterable[str], optional: re.Pattern[str]) -> str | None:
+def describe_mismatch(needed: Iterable[str], present: Iterable[str]) -> str | None:
     """One sentence about tensors that are missing or unknown, or None when the names agree.
 
     Args:
         needed: names that the model needs.
         present: names that the checkpoint holds, of the layers in question.
-        optional: names that may be present without being needed.
     """
     needed_set, present_set = set(needed), set(present)
     missing = sorted(needed_set - present_set)
-    unknown = sorted(name for name in present_set - needed_set if not optional.search(name))
+    unknown = sorted(name for name in present_set - needed_set if not OPTIONAL_NAME.search(name))
     if not missing and not unknown:
         return None
     sentences = []
