@@ -12,15 +12,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 DIALOGUES = 8000
@@ -97,7 +94,7 @@ def _recipe_key(steps: int | None, seed: int) -> str:
     """Names all the result depends on: our sources, torch, Python (the corpus is its library), steps and seed."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.iterdir()):
-        if source.suffix in {".py", ".jinja"} and source.name != "cli.py":
+        if source.suffix in {".py", ".jinja"} and source.name not in ("cli.py", "progress.py"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("torch", "tokenizers")]
     digest.update(repr((versions, sys.version, platform.machine(), steps, seed)).encode())
@@ -117,6 +114,7 @@ def _train_into(folder: Path, steps: int | None, seed: int, progress: bool) -> N
     from .export import checkpoint_tensors, write_checkpoint
     from .measure import draft_acceptance, kv_scales, perplexity, unigram_perplexity
     from .network import TinyStep
+    from .progress import training_progress
     from .reference import with_dtype
     from .tokenizer import special_ids, train_tokenizer
     from .train import Recipe, train
@@ -131,7 +129,7 @@ def _train_into(folder: Path, steps: int | None, seed: int, progress: bool) -> N
     batches = Batches(tokenizer, files, dialogues, seed)
     recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
     curve: list[list[float]] = []
-    with _progress_bar(recipe.steps, progress) as show:
+    with training_progress(recipe.steps, progress) as show:
 
         def record(step: int, losses: list[float]) -> None:
             curve.append([round(loss, 4) for loss in losses])
@@ -169,32 +167,3 @@ def _prompts(tokens: Tensor, count: int) -> Tensor:
 
     stride = (len(tokens) - DRAFT_PROMPT_TOKENS) // count
     return torch.stack([tokens[i * stride : i * stride + DRAFT_PROMPT_TOKENS] for i in range(count)])
-
-
-@contextmanager
-def _progress_bar(steps: int, visible: bool) -> Iterator[Callable[[int, float], None]]:
-    """A bar on stderr with the loss, nats a token."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns: list[Any] = [
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    ]
-    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"))
-
-        def show(done: int, loss: float) -> None:
-            bar.update(task, completed=done, loss=loss)
-
-        yield show
