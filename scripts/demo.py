@@ -93,6 +93,8 @@ def main() -> int:
     serve += ["--port", str(options.port), "--metrics-port", str(options.metrics_port)]
     server = start_server(serve, f"http://127.0.0.1:{options.metrics_port}/metrics")
     url = f"http://127.0.0.1:{options.port}"
+    end = "stop it with" if options.keep else "it is stopped at the end of the demo, or by"
+    print(f"\nServing at {url}/v1, key in {state / 'api_key'}; {end}: kill {server.pid}")
     ask: list[str | Path] = ["step128-eval", "smoke", "--base-url", url, "--api-key-file", state / "api_key"]
     ask.append("--vision-plumbing-only")
     print(f"\n== Ask\n$ {' '.join(map(str, ask))}", flush=True)
@@ -103,8 +105,8 @@ def main() -> int:
         print("Interrupted.", file=sys.stderr)
     finally:
         if options.keep and code == 0:
-            print(f"\nServing at {url}/v1 (key: {state / 'api_key'}). vLLM's metrics: {url}/metrics; the plan's:")
-            print(f"http://127.0.0.1:{options.metrics_port}/metrics. Stop it with: kill {server.pid}")
+            print(f"\nStill serving at {url}/v1. Metrics: {url}/metrics (vLLM), ", end="")
+            print(f"http://127.0.0.1:{options.metrics_port}/metrics (the plan). Stop it with: kill {server.pid}")
         else:
             stop_server(server)
     print(f"Demo {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s.")

@@ -4,44 +4,11 @@ import json
 import signal
 import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-START_LIMIT_SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[bytes]
-    url: str
-    metrics_url: str
-    state: Path
-    log: Path
-
-    def get(self, url: str, data: bytes | None = None, key: str | None = None) -> tuple[int, str]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    @property
-    def key(self) -> str:
-        return (self.state / "api_key").read_text().strip()
+from launched import Server, launch
 
 
 def descendants(pid: int) -> set[int]:
@@ -61,34 +28,13 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.fixture(scope="module")
 def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    port, metrics_port = free_port(), free_port()
-    state = folder / "state"
-    program = str(Path(sys.executable).parent / "step128")
-    arguments = ["serve", str(quantized("all")), "--profile", "cpu", "--state-dir", str(state)]
-    arguments += ["--port", str(port), "--metrics-port", str(metrics_port)]
-    log = folder / "launcher.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen([program, *arguments], stdout=output, stderr=subprocess.STDOUT)
-    base = f"http://127.0.0.1:{port}"
-    running = Server(process, base, f"http://127.0.0.1:{metrics_port}/metrics", state, log)
-    deadline = time.monotonic() + START_LIMIT_SECONDS
-    while "Ready:" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
-    yield running
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=60)
-    finally:
-        process.kill()
+    with launch(quantized("all"), tmp_path_factory.mktemp("serve")) as running:
+        yield running
 
 
 @pytest.mark.serve
 def test_what_was_planned_took_effect(server: Server) -> None:
-    text = server.log.read_text()
-    checks = [line for line in text.splitlines() if line.startswith(("PASS", "WARN", "FAIL"))]
+    checks = server.checks()
     assert len(checks) >= 12
     assert all(line.startswith("PASS") for line in checks), checks
     for name in ("plugin_loaded", "quantization", "kv_scales", "kv_scales_mtp", "mtp", "quantized_components"):

@@ -1,0 +1,69 @@
+"""The long proofs, run by `make proof`: every policy served through the launcher, with the settings varied.
+
+What they print goes into LOG.md, with the date.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launched import launch
+
+# Every policy with both dtypes; ranks, MTP depth and compilation spread over them. Two ranks run eagerly: compiling
+# them on two cores takes minutes.
+CASES = [
+    ("experts", "bfloat16", 1, 0, True),
+    ("experts", "float32", 2, 3, False),
+    ("experts+linears", "bfloat16", 2, 3, False),
+    ("experts+linears", "float32", 1, 1, True),
+    ("all-linears", "bfloat16", 2, 0, False),
+    ("all-linears", "float32", 1, 3, True),
+    ("all", "bfloat16", 1, 3, True),
+    ("all", "float32", 2, 0, False),
+]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(("policy", "dtype", "ranks", "depth", "compiled"), CASES)
+def test_served_and_answering(
+    quantized: Callable[..., Path],
+    cli: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    policy: str,
+    dtype: str,
+    ranks: int,
+    depth: int,
+    compiled: bool,
+) -> None:
+    options = ["--dtype", dtype, "--tensor-parallel-size", str(ranks), "--num-speculative-tokens", str(depth)]
+    options.append("--no-enforce-eager" if compiled else "--enforce-eager")
+    with launch(quantized(policy), tmp_path, options) as server:
+        checks = server.checks()
+        assert checks and all(line.startswith("PASS") for line in checks), checks
+        question = ("--base-url", server.url, "--api-key-file", server.state / "api_key", "--vision-plumbing-only")
+        result = cli("step128-eval", "smoke", *question, "--json")
+        assert result.returncode == 0, result.stdout + result.stderr
+        report = json.loads(result.stdout)
+    print(
+        f"\n{policy}, {dtype}, {ranks} ranks, MTP {depth}, {'compiled' if compiled else 'eager'}: {len(checks)} checks"
+    )
+    print(json.dumps(report["acceptance"]))
+
+
+@pytest.mark.proof
+def test_perplexity_of_every_policy(
+    tiny: Path, dequantized: Callable[..., Path], quantized: Callable[..., Path]
+) -> None:
+    from step128_checkpoint.tiny.reference import held_out_tokens, load_model, perplexity
+
+    tokens = held_out_tokens(tiny, 98_304)
+    found = {"bf16": perplexity(load_model(tiny), tokens)}
+    for policy in ("experts", "experts+linears", "all-linears", "all"):
+        for search in ("mse", "absmax"):
+            found[f"{policy} {search}"] = perplexity(load_model(dequantized(policy, search)), tokens)
+    for name, value in found.items():
+        print(f"\nperplexity of {len(tokens)} held-out tokens, {name}: {value:.3f}")
+    for policy in ("experts+linears", "all-linears", "all"):
+        assert found["bf16"] < found[f"{policy} mse"] < found[f"{policy} absmax"]
