@@ -1,5 +1,5 @@
 # Everything goes into .venv; nothing is installed again until pyproject.toml changes.
-#   make demo [KEEP=1]      from nothing to an answer; KEEP=1 leaves the server running
+#   make demo [KEEP=1] [PORT=8000] [METRICS_PORT=9128]   from nothing to an answer; KEEP=1 leaves the server running
 #   make test               lint, types, tests, the real vLLM included
 #   make proof              the long proofs (see LOG.md)
 #   PIP_ARGS="..."          extra arguments of pip, e.g. an index with torch's CPU build (README, "Installing")
@@ -10,6 +10,8 @@ STAMP := $(VENV)/.step128-setup
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_DIR ?= demo
+PORT ?= 8000
+METRICS_PORT ?= 9128
 KEEP ?=
 
 .PHONY: setup demo test lint proof clean
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python scripts/demo.py --dir $(DEMO_DIR) $(if $(KEEP),--keep)
+	$(BIN)/python scripts/demo.py --dir "$(DEMO_DIR)" --port $(PORT) --metrics-port $(METRICS_PORT) $(if $(KEEP),--keep)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,4 +40,4 @@ proof: $(STAMP)
 	$(BIN)/pytest -m proof -s $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf "$(DEMO_DIR)"/tiny "$(DEMO_DIR)"/tiny-nl4 "$(DEMO_DIR)"/state .pytest_cache .mypy_cache .ruff_cache dist

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MEASURED = pytest.StashKey[list[str]]()
 
 
 def run_command(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -20,6 +21,20 @@ def run_command(*arguments: str | Path, environment: dict[str, str] | None = Non
     return subprocess.run(
         [str(script), *rest], capture_output=True, text=True, env=os.environ | (environment or {}), check=False
     )
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Keep one line of figures for the end of pytest's output, where a passing test's prints would be lost."""
+    return request.config.stash.setdefault(MEASURED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(MEASURED, [])
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,8 @@ def quantize(
     Args:
         weight: float32 ``[..., K]``, finite.
         importance: float32 ``[K]`` or anything that broadcasts to ``weight``: the weight of each input channel in the
-            squared error, for instance the mean of its squared activation. None means uniform. A group whose
-            importances are all zero is treated as uniform.
+            squared error, for instance the mean of its squared activation. None means uniform, and so does a group
+            of zeros; within a group a channel counts at least a ten-thousandth of the largest.
         scale_search: ``mse`` or ``absmax``.
 
     Returns:
@@ -130,39 +130,54 @@ def quantize(
     if scale_search not in ("mse", "absmax"):
         raise ValueError(f"scale_search is {scale_search!r}, it must be 'mse' or 'absmax'")
     groups = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1, GROUP_SIZE)
+    channel_importance = None if importance is None else _checked_importance(importance, weight.shape)
     scale = np.empty(groups.shape[0], dtype=np.float16)
     indices = np.empty(groups.shape, dtype=np.uint8)
-    for start, importance_block in _importance_blocks(weight, importance, groups.shape[0]):
-        stop = start + min(_GROUPS_PER_BLOCK, groups.shape[0] - start)
+    for start in range(0, groups.shape[0], _GROUPS_PER_BLOCK):
+        stop = min(start + _GROUPS_PER_BLOCK, groups.shape[0])
         block = groups[start:stop]
         largest = np.abs(block).max(axis=1)
         if not np.isfinite(largest).all():
             raise ValueError("the weight holds NaN or infinity")
-        if largest.max(initial=0.0) * SCALE_DIVISOR / 127 * _SEARCH_FRACTIONS[-1] > _FLOAT16_MAX:
+        if largest.max(initial=0.0) * SCALE_DIVISOR / 127 > _FLOAT16_MAX:
             raise ValueError(f"a weight of magnitude {largest.max():g} needs a scale beyond float16")
         if scale_search == "absmax":
             best = (largest * np.float32(SCALE_DIVISOR / 127)).astype(np.float16)
         else:
-            best = _search_scale(block, largest, importance_block)
+            picked = None if channel_importance is None else _normalised(_groups_of(channel_importance, start, stop))
+            best = _search_scale(block, largest, picked)
         scale[start:stop] = best
         indices[start:stop] = _nearest_indices(block, best)
     rows = weight.shape[:-1]
     return pack_indices(indices.reshape(*rows, columns)), scale.reshape(*rows, columns // GROUP_SIZE)
 
 
-def _importance_blocks(
-    weight: Float32Array, importance: Float32Array | None, group_count: int
-) -> list[tuple[int, Float32Array | None]]:
-    """Cut the importance, broadcast to the weight, into the blocks that the search works on."""
-    starts = range(0, group_count, _GROUPS_PER_BLOCK)
-    if importance is None:
-        return [(start, None) for start in starts]
+def _checked_importance(importance: Float32Array, shape: tuple[int, ...]) -> Float32Array:
+    """The importance broadcast to the weight's shape (a view, no copy)."""
     if not np.isfinite(importance).all() or (importance < 0).any():
         raise ValueError("an importance is negative, NaN or infinite")
-    per_weight = np.broadcast_to(importance.astype(np.float32), weight.shape).reshape(-1, GROUP_SIZE)
-    normalised = per_weight / np.maximum(per_weight.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    normalised[per_weight.sum(axis=1) == 0] = 1.0
-    return [(start, normalised[start : start + _GROUPS_PER_BLOCK]) for start in starts]
+    return np.broadcast_to(importance.astype(np.float32), shape)
+
+
+def _groups_of(array: Float32Array, start: int, stop: int) -> Float32Array:
+    """Groups start .. stop - 1 of an array ``[..., K]``, as ``[groups, 16]``, copying no more than those rows."""
+    columns = array.shape[-1]
+    groups_per_row = columns // GROUP_SIZE
+    first_row, last_row = start // groups_per_row, -(-stop // groups_per_row)
+    rows = np.arange(first_row, last_row)
+    block = array[np.unravel_index(rows, array.shape[:-1])] if array.ndim > 1 else array[None]
+    offset = start - first_row * groups_per_row
+    return block.reshape(-1, GROUP_SIZE)[offset : offset + stop - start]
+
+
+def _normalised(importance: Float32Array) -> Float32Array:
+    """Importances relative to their group's largest; a channel never counts less than a ten-thousandth of that.
+
+    The floor keeps the search from erasing weights of channels that calibration happened not to see.
+    """
+    largest = importance.max(axis=1, keepdims=True)
+    relative = np.divide(importance, largest, out=np.ones_like(importance), where=largest > 0)
+    return np.asarray(np.maximum(relative, np.float32(1e-4)))
 
 
 def _nearest_indices(groups: Float32Array, scale: Float16Array) -> Uint8Array:

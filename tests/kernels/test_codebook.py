@@ -113,6 +113,39 @@ def test_constant_importance_is_no_importance() -> None:
             assert np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("size", [1e-38, 1.0, 3e37])
+def test_only_relative_importance_counts(size: float) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    importance = rng.uniform(0.1, 1.0, size=64).astype(np.float32)
+    _, scale = nl4.quantize(weight, importance)
+    _, other = nl4.quantize(weight, importance * np.float32(size))
+    assert (np.abs(other) > 0).all()
+    close = np.isclose(scale.astype(np.float32), other.astype(np.float32), rtol=0.02)  # rounding may move a tie
+    assert close.mean() > 0.9
+
+
+def test_importance_of_each_row_lands_on_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((5, 7, 48)).astype(np.float32)
+    importance = rng.exponential(size=(5, 1, 48)).astype(np.float32)
+    whole = nl4.quantize(weight, importance)
+    monkeypatch.setattr(nl4, "_GROUPS_PER_BLOCK", 4)  # blocks that begin and end inside a row
+    for got, wanted in zip(nl4.quantize(weight, importance), whole, strict=True):
+        assert np.array_equal(got, wanted)
+    row = nl4.quantize(weight[3, 2], importance[3, 0])
+    assert np.array_equal(row[0], whole[0][3, 2])
+
+
+def test_a_channel_nobody_saw_is_not_erased() -> None:
+    weight = np.full((1, 16), 0.5, np.float32)
+    weight[0, 0] = 0.0
+    importance = np.zeros(16, np.float32)
+    importance[0] = 1.0  # the only channel that calibration saw holds a zero
+    restored = nl4.dequantize(*nl4.quantize(weight, importance))
+    assert (np.abs(restored[0, 1:] - 0.5) < 0.1).all()
+
+
 def test_zero_group() -> None:
     packed, scale = nl4.quantize(np.zeros((1, 32), np.float32))
     assert packed.tolist() == [[0x88] * 16]

@@ -3,7 +3,7 @@
 import pytest
 
 from step128_kernels.vllm_plugin.components import component_of_module
-from step128_kernels.vllm_plugin.names import checkpoint_names, describe_mismatch
+from step128_kernels.vllm_plugin.names import checkpoint_names, describe_mismatch, needed_tensors
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,47 @@ def test_checkpoint_names(parameter: str, tensors: list[str]) -> None:
     assert list(checkpoint_names(parameter)) == tensors
 
 
-def test_mismatch_names_both_sides_and_guesses() -> None:
+LAYER = "model.layers.3."
+NORM = LAYER + "input_layernorm.weight"
+K_SCALE, V_SCALE = (f"{LAYER}self_attn.{which}_proj.{which}_scale" for which in "kv")
 
-    sentence = describe_mismatch(
-        ["model.layers.3.self_attn.k_proj.weight", "model.norm.weight"],
-        ["model.layers.3.self_attn.k_porj.weight", "model.norm.weight", "model.layers.3.self_attn.k_proj.k_scale"],
-    )
+
+def test_mismatch_names_both_sides_and_guesses() -> None:
+    k_proj, misnamed = f"{LAYER}self_attn.k_proj.weight", f"{LAYER}self_attn.k_porj.weight"
+    sentence = describe_mismatch({k_proj, NORM}, dict.fromkeys([misnamed, NORM, K_SCALE, V_SCALE], "BF16"))
     assert sentence is not None
-    assert "missing tensor model.layers.3.self_attn.k_proj.weight" in sentence
-    assert "is model.layers.3.self_attn.k_porj.weight meant to be" in sentence
-    assert "k_scale" not in sentence
-    assert describe_mismatch(["a"], ["a"]) is None
+    assert f"missing tensor {k_proj}" in sentence
+    assert f"is {misnamed} meant to be" in sentence
+    assert "_scale" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("present", "sentence"),
+    [
+        ({NORM: "BF16"}, None),
+        ({NORM: "F32", K_SCALE: "F32", V_SCALE: "F32"}, None),
+        ({NORM: "F32", V_SCALE: "F32"}, f"missing tensor {K_SCALE}"),
+        ({NORM: "F32", K_SCALE: "F32"}, f"missing tensor {V_SCALE}"),
+        ({NORM: "F32", "model.layers.9.anything": "BOOL", "lm_head.weight": "U8"}, None),  # other parts of the model
+        ({NORM: "F32", LAYER + "self_attn.rotary_emb.inv_freq": "F32"}, None),
+        ({NORM: "I8"}, f"tensor {NORM} is I8, it must be BF16 or F16 or F32"),
+    ],
+)
+def test_mismatch(present: dict[str, str], sentence: str | None) -> None:
+    assert describe_mismatch({NORM}, present) == sentence
+
+
+@pytest.mark.parametrize(("suffix", "right", "wrong"), [("packed", "U8", "F16"), ("scale", "F16", "BF16")])
+def test_quantized_tensors_have_one_dtype(suffix: str, right: str, wrong: str) -> None:
+    name = f"{LAYER}self_attn.o_proj.weight_{suffix}"
+    assert describe_mismatch({name}, {name: right}) is None
+    assert describe_mismatch({name}, {name: wrong}) == f"tensor {name} is {wrong}, it must be {right}"
+
+
+def test_a_drafter_needs_only_its_layers() -> None:
+    parameters = ["model.embed_tokens.weight", "model.layers.45.eh_proj.weight"]
+    assert needed_tensors(parameters, is_draft=True) == {"model.layers.45.eh_proj.weight"}
+    assert needed_tensors(parameters, is_draft=False) == set(parameters)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +118,3 @@ def test_mismatch_names_both_sides_and_guesses() -> None:
 )
 def test_component_of_module(module: str, component: str | None) -> None:
     assert component_of_module(module) == component
-
-
-def test_a_pipeline_rank_may_leave_the_ends_of_the_trunk() -> None:
-    layer = "model.layers.0.input_layernorm.weight"
-    assert (
-        describe_mismatch([layer], [layer, "lm_head.weight_packed", "lm_head.weight_scale", "model.norm.weight"])
-        is None
-    )
-    assert describe_mismatch([layer], [layer, "lm_heda.weight"]) == "unknown tensor lm_heda.weight"

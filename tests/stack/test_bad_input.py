@@ -98,7 +98,7 @@ def test_damaged_checkpoint(
 ) -> None:
     damage(copy)
     before = sorted(path.name for path in tmp_path.iterdir())
-    for command in (("plan", copy), ("serve", copy, "--state-dir", tmp_path / "state", "--port", "18231")):
+    for command in (("plan", copy), ("serve", copy, "--state-dir", tmp_path / "state")):
         result = cli("step128", *command, "--profile", "cpu")
         assert result.returncode == code, result.stderr
         assert says in result.stderr

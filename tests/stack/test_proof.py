@@ -36,6 +36,7 @@ def test_served_and_answering(
     ranks: int,
     depth: int,
     compiled: bool,
+    measured: Callable[[str], None],
 ) -> None:
     options = ["--dtype", dtype, "--tensor-parallel-size", str(ranks), "--num-speculative-tokens", str(depth)]
     options.append("--no-enforce-eager" if compiled else "--enforce-eager")
@@ -54,7 +55,7 @@ def test_served_and_answering(
 
 @pytest.mark.proof
 def test_perplexity_of_every_policy(
-    tiny: Path, dequantized: Callable[..., Path], quantized: Callable[..., Path]
+    tiny: Path, dequantized: Callable[..., Path], measured: Callable[[str], None]
 ) -> None:
     from step128_checkpoint.tiny.reference import held_out_tokens, load_model, perplexity
 
@@ -64,6 +65,6 @@ def test_perplexity_of_every_policy(
         for search in ("mse", "absmax"):
             found[f"{policy} {search}"] = perplexity(load_model(dequantized(policy, search)), tokens)
     for name, value in found.items():
-        print(f"\nperplexity of {len(tokens)} held-out tokens, {name}: {value:.3f}")
+        measured(f"perplexity of {len(tokens)} held-out tokens, {name}: {value:.3f}")
     for policy in ("experts+linears", "all-linears", "all"):
         assert found["bf16"] < found[f"{policy} mse"] < found[f"{policy} absmax"]

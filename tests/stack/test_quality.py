@@ -7,23 +7,41 @@ from typing import Any
 import pytest
 import torch
 
-TOKENS = 49_152
-CHUNK = 512
+WINDOW = 512
+WINDOWS = 96
 
 
-@pytest.fixture(scope="session")
-def perplexities(tiny: Path, dequantized: Callable[..., Path]) -> dict[str, float]:
-    """Perplexity of the bfloat16 weights, NL4 and absmax NL4 on the same held-out library text, all in float32."""
-    from step128_checkpoint.tiny.reference import held_out_tokens, load_model, perplexity
+def windowed_nll(folder: Path, windows: torch.Tensor) -> torch.Tensor:
+    """Mean negative log likelihood of each window's tokens but the first, float32 arithmetic, nats."""
+    from step128_checkpoint.tiny.reference import load_model
 
-    tokens = held_out_tokens(tiny, TOKENS)
-    folders = {"bf16": tiny, "nl4": dequantized("all-linears"), "nl4-absmax": dequantized("all-linears", "absmax")}
-    return {name: perplexity(load_model(folder, torch.float32), tokens) for name, folder in folders.items()}
+    model = load_model(folder, torch.float32)
+    found = []
+    for batch in windows.split(4):
+        logits = model(batch)
+        nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        found.append(nll.view(len(batch), -1).mean(dim=1))
+    return torch.cat(found).double()
 
 
-def test_perplexity_rises_in_the_order_of_the_error(perplexities: dict[str, float]) -> None:
-    print(f"perplexity of {TOKENS} held-out tokens: {perplexities}")
-    assert perplexities["bf16"] < perplexities["nl4"] < perplexities["nl4-absmax"]
+def test_perplexity_rises_in_the_order_of_the_error(
+    tiny: Path, dequantized: Callable[..., Path], measured: Callable[[str], None]
+) -> None:
+    from step128_checkpoint.tiny.reference import held_out_tokens
+
+    windows = held_out_tokens(tiny, WINDOWS * WINDOW).view(WINDOWS, WINDOW)
+    folders = {"bf16": tiny, "NL4": dequantized("all-linears"), "absmax NL4": dequantized("all-linears", "absmax")}
+    nll = {name: windowed_nll(folder, windows) for name, folder in folders.items()}
+    for name, values in nll.items():
+        measured(
+            f"perplexity of {windows.numel()} held-out tokens in windows of {WINDOW}, {name}: {values.mean().exp():.3f}"
+        )
+    for better, worse in (("bf16", "NL4"), ("NL4", "absmax NL4")):
+        # The same windows on both sides: what differs between windows cancels, and the order is no accident.
+        difference = nll[worse] - nll[better]
+        error = difference.std() / len(difference) ** 0.5
+        measured(f"{worse} - {better}: {difference.mean():.5f} nats a token, standard error {error:.5f}")
+        assert difference.mean() > 2 * error
 
 
 @pytest.mark.serve
@@ -35,10 +53,10 @@ def test_served_perplexity_is_the_models(
 ) -> None:
     from step128_checkpoint.tiny.reference import held_out_tokens, load_model
 
-    chunks = held_out_tokens(tiny, 4 * CHUNK).view(4, CHUNK)
-    result = offline_vllm(engine={"model": quantized(), "dtype": "float32"}, score=chunks.tolist())
+    windows = held_out_tokens(tiny, 4 * WINDOW).view(4, WINDOW)
+    result = offline_vllm(engine={"model": quantized(), "dtype": "float32"}, score=windows.tolist())
     assert result["returncode"] == 0, result["log"][-4000:]
-    logits = load_model(dequantized(), torch.float32)(chunks)
-    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), chunks[:, 1:].flatten())
+    logits = load_model(dequantized(), torch.float32)(windows)
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
     # Another program, other kernels, float32: they agree far below any effect of interest.
     assert result["nll"] == pytest.approx(float(nll), abs=2e-4)

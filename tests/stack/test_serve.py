@@ -1,4 +1,4 @@
-"""One server for the session, started by the launcher as a user would, and asked through its HTTP interface."""
+"""One server for these tests, started by the launcher as a user would, and asked through its HTTP interface."""
 
 import json
 import signal
@@ -65,13 +65,14 @@ def test_only_this_machine_and_only_with_the_key(server: Server) -> None:
 
 
 @pytest.mark.serve
-def test_question_image_and_tool_call(server: Server, cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_question_image_and_tool_call(
+    server: Server, cli: Callable[..., subprocess.CompletedProcess[str]], measured: Callable[[str], None]
+) -> None:
     options = ("--base-url", server.url, "--api-key-file", server.state / "api_key", "--vision-plumbing-only")
     result = cli("step128-eval", "smoke", *options, "--json")
-    print(result.stderr)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout)
-    print(json.dumps(report, indent=1))
+    measured(f"question, image and tool call passed; acceptance over them: {json.dumps(report['acceptance'])}")
 
 
 @pytest.mark.serve

@@ -16,8 +16,9 @@ def misname(tensors: dict[str, Any]) -> None:
 
 
 @pytest.mark.serve
+@pytest.mark.parametrize("load_format", ["step128", "auto"])  # as the launcher starts vLLM, and as a user might
 def test_misnamed_part_of_a_fused_tensor(
-    offline_vllm: Callable[..., dict[str, Any]], quantized: Callable[..., Path], tmp_path: Path
+    offline_vllm: Callable[..., dict[str, Any]], quantized: Callable[..., Path], tmp_path: Path, load_format: str
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(quantized(), broken)
@@ -28,7 +29,7 @@ def test_misnamed_part_of_a_fused_tensor(
             save_file(tensors, shard, metadata={"format": "pt"})
     for index in broken.glob("*.index.json"):
         index.write_text(index.read_text().replace(VICTIM, VICTIM.replace("k_proj", "k_porj")))
-    result = offline_vllm(engine={"model": broken}, prompts=[[5]])
+    result = offline_vllm(engine={"model": broken, "load_format": load_format}, prompts=[[5]])
     assert result["returncode"] != 0
     assert f"missing tensor {VICTIM}" in result["log"]
     assert "k_porj" in result["log"]

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-KV_SCALE_NAME = re.compile(r"^model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<which>[kv])_proj\.(?P=which)_scale$")
-
 
 class NL4KVCacheMethod(BaseKVCacheMethod):
     """vLLM's per-tensor method, with the loaded scale in float32.

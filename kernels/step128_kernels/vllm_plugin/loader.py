@@ -6,7 +6,6 @@ Because the launcher always asks for this format, a server whose plugin did not 
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from typing import Any
 
@@ -14,21 +13,12 @@ import torch
 from safetensors import safe_open
 from vllm.config import VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 from step128_kernels.vllm_plugin import LOAD_FORMAT, load_report
-from step128_kernels.vllm_plugin.names import checkpoint_names, describe_mismatch
+from step128_kernels.vllm_plugin.strict import check_tensors
 
-logger = init_logger(f"vllm.{__name__}")
-
-_STEP_CLASSES = ("Step3p7ForConditionalGeneration", "Step3p5MTP")
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
-
-
-class CheckpointMismatchError(ValueError):
-    """The checkpoint does not hold what the model needs; the message starts with ``step128:`` for the launcher."""
+_ROLES = {"Step3p7ForConditionalGeneration": "target", "Step3p5MTP": "draft"}
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -43,7 +33,7 @@ class Step128ModelLoader(DefaultModelLoader):
         """Load, then write the load report."""
         start = time.monotonic()
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
-        role = "draft" if type(model).__name__ == "Step3p5MTP" else "target"
+        role = _ROLES.get(type(model).__name__, "target")
         load_report.write(load_report.build(model, vllm_config, role, time.monotonic() - start))
         return model
 
@@ -51,24 +41,12 @@ class Step128ModelLoader(DefaultModelLoader):
         """Check the checkpoint's names and dtypes against the model's parameters, then load.
 
         Raises:
-            CheckpointMismatchError: a tensor is missing, unknown, or of the wrong dtype.
+            CheckpointMismatchError: a tensor is missing, unknown, or of a wrong dtype.
         """
-        if type(model).__name__ in _STEP_CLASSES:
-            self._check_tensors(model, model_config)
+        role = _ROLES.get(type(model).__name__)
+        if role is not None:
+            check_tensors(model, role == "draft", self._tensor_dtypes(model_config), str(model_config.model))
         super().load_weights(model, model_config)
-
-    def _check_tensors(self, model: torch.nn.Module, model_config: Any) -> None:
-        needed = {name for parameter, _ in model.named_parameters() for name in checkpoint_names(parameter)}
-        if type(model).__name__ == "Step3p5MTP":
-            # The drafter shares the target's embedding, in whatever form the target has it.
-            needed = {name for name in needed if _LAYER.match(name)}
-        parts = {_part(name) for name in needed}
-        present = {name: dtype for name, dtype in self._tensor_dtypes(model_config).items() if _part(name) in parts}
-        problem = describe_mismatch(needed, present)
-        if problem is None:
-            problem = _wrong_dtype(present)
-        if problem is not None:
-            raise CheckpointMismatchError(f"step128: {model_config.model}: {problem}")
 
     def _tensor_dtypes(self, model_config: Any) -> dict[str, str]:
         """Name and safetensors dtype of every tensor, from the shards' headers."""
@@ -79,21 +57,3 @@ class Step128ModelLoader(DefaultModelLoader):
                 for name in shard.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
                     dtypes[name] = shard.get_slice(name).get_dtype()
         return dtypes
-
-
-def _part(name: str) -> str:
-    """Part of the model a tensor belongs to: a decoder layer, the vision tower, or the rest."""
-    layer = _LAYER.match(name)
-    if layer:
-        return f"layer {layer[1]}"
-    return "vision" if name.startswith(("vision_model.", "vit_large_projector.")) else "rest"
-
-
-def _wrong_dtype(present: dict[str, str]) -> str | None:
-    """One sentence about the first tensor whose dtype cannot be right, or None."""
-    for name, dtype in sorted(present.items()):
-        wanted = {"_packed": frozenset({"U8"}), "weight_scale": frozenset({"F16"})}
-        allowed = next((value for suffix, value in wanted.items() if name.endswith(suffix)), _FLOAT_DTYPES)
-        if dtype not in allowed:
-            return f"tensor {name} is {dtype}, it must be {' or '.join(sorted(allowed))}"
-    return None

@@ -11,7 +11,8 @@ import torch
 from vllm.model_executor.models import step3p5_mtp
 
 from step128_kernels.torch_codebook import dequantize
-from step128_kernels.vllm_plugin.kv_scales import KV_SCALE_NAME
+from step128_kernels.vllm_plugin.names import KV_SCALE_NAME
+from step128_kernels.vllm_plugin.strict import check_tensors, recorded
 
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -20,9 +21,15 @@ class Step3p5MTP(step3p5_mtp.Step3p5MTP):
     """vLLM's drafter; KV-cache scales go straight to the attention layers."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load ``(hub tensor name, tensor)`` pairs; returns the names of the parameters loaded."""
+        """Load ``(hub tensor name, tensor)`` pairs; returns the names of the parameters loaded.
+
+        Raises:
+            CheckpointMismatchError: a tensor is missing, unknown, or of a wrong dtype.
+        """
+        dtypes: dict[str, str] = {}
         loaded_scales: set[str] = set()
-        loaded: set[str] = super().load_weights(self._plain_weights(weights, loaded_scales))
+        loaded: set[str] = super().load_weights(self._plain_weights(recorded(weights, dtypes), loaded_scales))
+        check_tensors(self, True, dtypes, "the checkpoint")
         return loaded | loaded_scales
 
     def _plain_weights(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # Parameters of a fused module stand for several tensors of the checkpoint.
 _FUSED_PARTS = {
@@ -29,11 +29,13 @@ _RENAMES = (
     (re.compile(r"\.mlp\.fc2\."), ".mlp.c_proj."),
 )
 
-# Tensors that a checkpoint may hold although a model does not ask for them: KV-cache scales (they belong to no weight),
-# and both ends of the trunk, which with pipeline parallelism only the first or the last rank needs.
-OPTIONAL_NAME = re.compile(
-    r"\.self_attn\.([kv])_proj\.\1_scale$|^(model\.embed_tokens|model\.norm|lm_head)\.weight(_packed|_scale)?$"
-)
+KV_SCALE_NAME = re.compile(r"^model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<which>[kv])_proj\.(?P=which)_scale$")
+
+# Old exports carry rotary frequencies; vLLM computes them and skips these.
+_SKIPPED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
 
 # Attention-layer scales that vLLM creates; the checkpoint may carry the first two, under the projections' names.
 _SCALE = re.compile(r"\.self_attn\.attn\.(k|v|q|prob)_scale$")
@@ -56,18 +58,37 @@ def checkpoint_names(parameter_name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def describe_mismatch(needed: Iterable[str], present: Iterable[str]) -> str | None:
-    """One sentence about tensors that are missing or unknown, or None when the names agree.
+def part_of(tensor_name: str) -> str:
+    """Part of the model a tensor belongs to: one decoder layer, the vision tower, or the rest."""
+    layer = _LAYER.match(tensor_name)
+    if layer:
+        return f"layer {layer[1]}"
+    return "vision" if tensor_name.startswith(("vision_model.", "vit_large_projector.")) else "rest"
+
+
+def needed_tensors(parameter_names: Iterable[str], is_draft: bool) -> set[str]:
+    """Hub names of all tensors that a model's parameters need.
+
+    A drafter needs none outside of its layers: it shares the target's embedding, in whatever form the target has it.
+    """
+    names = {name for parameter in parameter_names for name in checkpoint_names(parameter)}
+    return {name for name in names if part_of(name).startswith("layer")} if is_draft else names
+
+
+def describe_mismatch(needed: set[str], dtypes: Mapping[str, str]) -> str | None:
+    """One sentence about what is wrong with a checkpoint, or None when it holds just what the model needs.
 
     Args:
-        needed: names that the model needs.
-        present: names that the checkpoint holds, of the layers in question.
+        needed: names that the model needs. Only the parts of the model that these lie in are looked at: the target
+            ignores the MTP layers, the drafter the trunk, a text-only server the vision tower.
+        dtypes: safetensors dtype of every tensor of the checkpoint, by name.
     """
-    needed_set, present_set = set(needed), set(present)
-    missing = sorted(needed_set - present_set)
-    unknown = sorted(name for name in present_set - needed_set if not OPTIONAL_NAME.search(name))
-    if not missing and not unknown:
-        return None
+    parts = {part_of(name) for name in needed}
+    present = {name for name in dtypes if part_of(name) in parts and not _SKIPPED.search(name)}
+    scales = {name for name in present if KV_SCALE_NAME.match(name)}
+    # vLLM uses one of the two for both when the other is missing.
+    missing = sorted(needed - present) or sorted({_other_scale(name) for name in scales} - scales)
+    unknown = sorted(present - needed - scales)
     sentences = []
     if missing:
         sentences.append(f"missing tensor {_list(missing)}")
@@ -77,7 +98,22 @@ def describe_mismatch(needed: Iterable[str], present: Iterable[str]) -> str | No
         close = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.8)
         if close:
             sentences.append(f"is {close[0]} meant to be {missing[0]}?")
-    return "; ".join(sentences)
+    return "; ".join(sentences) or _wrong_dtype({name: dtypes[name] for name in present})
+
+
+def _other_scale(name: str) -> str:
+    """The V scale that belongs to a K scale, and the other way round."""
+    old, new = ("k", "v") if name.endswith("k_scale") else ("v", "k")
+    return name.replace(f".{old}_proj.{old}_scale", f".{new}_proj.{new}_scale")
+
+
+def _wrong_dtype(dtypes: Mapping[str, str]) -> str | None:
+    for name, dtype in sorted(dtypes.items()):
+        wanted = {"weight_packed": frozenset({"U8"}), "weight_scale": frozenset({"F16"})}
+        allowed = next((value for suffix, value in wanted.items() if name.endswith(suffix)), _FLOAT_DTYPES)
+        if dtype not in allowed:
+            return f"tensor {name} is {dtype}, it must be {' or '.join(sorted(allowed))}"
+    return None
 
 
 def _list(names: list[str], shown: int = 3) -> str:
