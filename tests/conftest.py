@@ -90,7 +90,7 @@ def dequantized(made: Path, quantized: Callable[..., Path]) -> Callable[..., Pat
 def offline_vllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """Run the real vLLM in its own process; equal requests are run once a session.
 
-    Returns what ``stack/offline_vllm.py`` prints, and the load reports under ``reports``.
+    Returns what ``stack/offline_vllm.py`` finds, and the load reports under ``reports``.
     """
     done: dict[str, dict[str, Any]] = {}
 
@@ -106,7 +106,7 @@ def offline_vllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict
                 environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(ranks))
             script = Path(__file__).parent / "stack/offline_vllm.py"
             process = subprocess.run(
-                [sys.executable, str(script), str(folder / "request.json")],
+                [sys.executable, str(script), str(folder / "request.json"), str(folder / "result.json")],
                 capture_output=True,
                 text=True,
                 env=environment,
@@ -114,7 +114,7 @@ def offline_vllm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict
             )
             result = {"returncode": process.returncode, "log": process.stdout + process.stderr}
             if process.returncode == 0:
-                result |= json.loads(process.stdout.strip().splitlines()[-1])
+                result |= json.loads((folder / "result.json").read_text())
             result["reports"] = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-rank*.json")}
             done[key] = result
         return done[key]

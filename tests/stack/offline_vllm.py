@@ -1,17 +1,35 @@
-"""One run of the real vLLM in a process of its own; the last line of its output is one JSON document.
-
-usage: offline_vllm.py REQUEST.json, with
-  engine        arguments of vllm.LLM
-  prompts       token id lists to continue greedily
-  max_tokens    how far
-  score         token id lists to score (perplexity), without MTP only: vLLM refuses both together
+"""One run of the real vLLM in a process of its own: offline_vllm.py REQUEST.json RESULT.json. A request has
+engine        arguments of vllm.LLM
+prompts       token id lists to continue greedily
+max_tokens    how far
+score         token id lists to score (perplexity), without MTP only: vLLM refuses both together
+picture       a question about a drawn picture; its answer and log-probabilities come back under "picture"
 """
 
+import base64
+import io
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def draw_picture(red: int) -> str:
+    """A PNG with more in it than one colour, in base64; `red` (0..255) tells two pictures apart."""
+    from PIL import Image
+
+    image = Image.linear_gradient("L").convert("RGB").resize((200, 120))
+    image.paste((red, 30, 200 - red // 2), (20, 20, 190, 100))
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def question_about(picture: str, question: str) -> dict[str, Any]:
+    """A chat message with a picture in it."""
+    url = {"url": f"data:image/png;base64,{picture}"}
+    return {"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": question}]}
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +69,19 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         ]
         result["nll"] = -sum(logprobs) / len(logprobs)
         result["perplexity"] = math.exp(result["nll"])
+    if request.get("picture"):
+        result["pictures"] = [
+            {
+                "tokens": list(output.token_ids),
+                "logprobs": [
+                    position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
+                ],
+            }
+            for output in (
+                engine.chat([question_about(draw_picture(red), request["picture"])], greedy)[0].outputs[0]
+                for red in (30, 220)
+            )
+        ]
     counters = {metric.name: metric for metric in engine.get_metrics()}
     drafts = counters.get("vllm:spec_decode_num_drafts")
     if drafts is not None and drafts.value:
@@ -61,4 +92,4 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

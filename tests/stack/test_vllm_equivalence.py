@@ -43,6 +43,34 @@ def test_nl4_equals_its_dequantized_weights(served: Run, dequantized: Callable[.
 
 
 @pytest.mark.serve
+def test_quantized_vision_tower_equals_its_dequantized_weights(
+    offline_vllm: Run, quantized: Callable[..., Path], dequantized: Callable[..., Path]
+) -> None:
+    """The tower is not trained (plumbing only), but a weight in the wrong place would still change the numbers."""
+
+    def describe(model: Path) -> dict[str, Any]:
+        engine = {
+            "model": model,
+            "dtype": "float32",
+            "limit_mm_per_prompt": {"image": 1},
+            "skip_tokenizer_init": False,
+            "max_num_batched_tokens": 4096,
+        }
+        result = offline_vllm(engine=engine, picture="What is in this image?", max_tokens=8)
+        assert result["returncode"] == 0, result["log"][-4000:]
+        return result
+
+    nl4, plain = describe(quantized("all")), describe(dequantized("all"))
+    assert nl4["reports"]["target-rank0"]["quantized_modules"]["vision_linears"] == 9  # 4 a block, and the projector
+    for got, wanted in zip(nl4["pictures"], plain["pictures"], strict=True):
+        assert got["tokens"] == wanted["tokens"]
+        # Float32 on the same values, summed by different libraries; two pictures are a hundred times further apart.
+        assert got["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-5)
+    one, other = (picture["logprobs"] for picture in nl4["pictures"])
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-3
+
+
+@pytest.mark.serve
 def test_mtp_does_not_change_the_answer(served: Run) -> None:
     with_mtp = served(speculative_config={"method": "mtp", "num_speculative_tokens": 3})
     assert with_mtp["drafts"] > 0
