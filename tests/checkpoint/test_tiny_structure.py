@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from step128_checkpoint.cli import main
 from step128_checkpoint.tiny import OutputExistsError, TinyResult, cli, make_tiny
 from step128_checkpoint.tiny.config import text_spec
 from step128_checkpoint.tiny.reference import held_out_tokens, load_model, perplexity
@@ -199,3 +200,14 @@ def test_command_line_exit_codes(
     assert "plumbing only" in capsys.readouterr().out
     if os.geteuid() != 0:
         assert run("/proc/nowhere/out") == 73
+
+
+def test_an_unwritable_cache_is_known_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("step128_checkpoint.tiny.make._train_into", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["tiny", str(tmp_path / "out"), "--steps", "1", "--cache-dir", str(tmp_path / "file/cache")]
+    assert main(arguments) == 73
+    assert "cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from .make import OutputExistsError, TinyResult, default_cache_dir, make_tiny
 
 EXIT_INPUT_NOT_FOUND = 66
 EXIT_CANNOT_WRITE = 73
+EXIT_INTERRUPTED = 130
 
 
 def _step_count(text: str) -> int:
@@ -33,7 +34,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Train a small checkpoint of architecture Step3p7ForConditionalGeneration on Python's own standard "
         "library and generated dialogues: mixture of experts, sliding attention, MTP heads, tools. The vision tower is "
         "untrained (plumbing only).",
-        epilog="Exit codes: 0 ok, 66 Python's library sources not found, 73 OUT exists or cannot be written.",
+        epilog="Exit codes: 0 ok, 66 Python's library sources not found, 73 OUT or the cache cannot be written, or OUT exists, 130 "
+        "interrupted.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument(
@@ -64,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         return _fail(str(error), EXIT_CANNOT_WRITE)
     except FileNotFoundError as error:
         return _fail(str(error), EXIT_INPUT_NOT_FOUND)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
     except OSError as error:
         return _fail(f"cannot write {error.filename or args.out}: {error.strerror or error}", EXIT_CANNOT_WRITE)
     if args.json:

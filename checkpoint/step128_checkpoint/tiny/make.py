@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -50,8 +51,7 @@ class TinyResult:
 
 def default_cache_dir() -> Path:
     """$XDG_CACHE_HOME/step128 or ~/.cache/step128."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "step128"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "step128"  # noqa: PTH111  never raises
 
 
 def make_tiny(
@@ -80,6 +80,8 @@ def make_tiny(
     cache = (cache_dir or default_cache_dir()) / f"tiny-{_recipe_key(steps, seed)}"
     cached = (cache / "tiny_report.json").is_file()
     if not cached:
+        for folder in (cache.parent, out.parent):
+            _require_writable(folder)
         _train_into(cache, steps, seed, progress)
     from .export import copy_checkpoint
 
@@ -88,6 +90,13 @@ def make_tiny(
     report.pop("loss_curve")
     seconds = round(time.monotonic() - begun, 1)
     return TinyResult(**report | {"path": str(out), "seconds": seconds, "cached": cached})
+
+
+def _require_writable(folder: Path) -> None:
+    """Find out before minutes of training, not after. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _recipe_key(steps: int | None, seed: int) -> str:
