@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Train a small checkpoint of architecture Step3p7ForConditionalGeneration on Python's own standard "
         "library and generated dialogues: mixture of experts, sliding attention, MTP heads, tools. The vision tower is "
         "untrained (plumbing only).",
-        epilog="Exit codes: 0 ok, 66 Python's library sources not found, 73 OUT or the cache cannot be written, or OUT exists, 130 "
-        "interrupted.",
+        epilog="Exit codes: 0 ok, 66 Python's library sources not found, 73 OUT exists, or OUT or the cache cannot be "
+        "written, 130 interrupted.",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument(
