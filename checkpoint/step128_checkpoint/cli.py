@@ -17,19 +17,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from step128_checkpoint.conversion import DEFAULT_MAX_SHARD_BYTES, Conversion, check_output_free, convert
+from step128_checkpoint.conversion import DEFAULT_MAX_SHARD_BYTES, Conversion, convert
 from step128_checkpoint.dequantize import plan_dequantization
-from step128_checkpoint.errors import CheckpointError, ConfigurationError, OutputError
+from step128_checkpoint.errors import CheckpointError, ConfigurationError
+from step128_checkpoint.files import size_text
+from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.inspect import ComponentSize, component_sizes, inspect_checkpoint
+from step128_checkpoint.places import check_places
 from step128_checkpoint.policy import Policy, load_policy
 from step128_checkpoint.quantize import open_importance, plan_quantization
-from step128_checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from step128_checkpoint.reader import Checkpoint, open_checkpoint
+from step128_checkpoint.shards import disk_error
 from step128_checkpoint.tables import before_and_after, print_inspection
 
 EXIT_CODES = """exit codes:
-  0 done    1 internal error    2 wrong usage    5 permission denied    65 bad checkpoint or data
-  66 input not found    73 output cannot be written (exists, disk full)    78 unknown policy or bad policy file
-  130 interrupted (run the same command again: it continues)"""
+  0 done    1 internal error    2 wrong usage    5 permission denied
+  65 bad checkpoint or data (`inspect`: there are problems)
+  66 input not found    73 output cannot be written (exists, overlaps the input, disk full)
+  78 unknown policy, bad policy file or missing package
+  130 interrupted by Ctrl-C (`quantize` and `dequantize` resume when the same command is run again)"""
 
 _TINY_HELP = "make and train a small Step-3.7 checkpoint that has everything the big one has"
 
@@ -45,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         code, message = 5, f"permission denied: {error.filename}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; run the same command again to continue"
+        resumes = arguments[:1] in (["quantize"], ["dequantize"])
+        code, message = 130, "interrupted" + "; run the same command again and it resumes" * resumes
     except Exception as error:
         traceback.print_exc()
         code, message = 1, f"internal error: {error!r}; please report it with the lines above"
@@ -151,27 +158,30 @@ def _dequantize(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace, conversion: Conversion, policy: Policy) -> int:
-    check_output_free(arguments.output)
-    if arguments.output.resolve().is_relative_to(arguments.input.resolve()):
-        raise OutputError(f"{arguments.output} lies inside the input folder. Choose another place.")
+    try:
+        check_places(arguments.input, arguments.output)
+    except OSError as error:
+        raise disk_error(arguments.output, error) from error
     before, after = component_sizes(conversion.checkpoint, policy), _sizes_after(conversion, policy)
+    output_bytes = sum(row.size_bytes for row in after)
     report: dict[str, Any] = {
         "output": str(arguments.output),
         **conversion.options,
         "input_bytes": sum(row.size_bytes for row in before),
-        "output_bytes": sum(row.size_bytes for row in after),
+        "output_bytes": output_bytes,
         "components": [asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in after],
     }
     console = Console(stderr=arguments.json)
     console.print(before_and_after(before, after))
     if arguments.dry_run:
         console.print(
-            f"Nothing was written. Would write {len(conversion.layout().headers)} files to {arguments.output}."
+            f"Nothing was written. Would write {len(conversion.layout().headers)} files, {size_text(output_bytes)}, to "
+            f"{escape(str(arguments.output))}."
         )
     else:
         report |= _run(arguments, conversion)
         console.print(
-            f"{escape(str(arguments.output))}: {report['output_bytes'] / 1e9:.3f} GB in {report['seconds']:.1f} s, "
+            f"{escape(str(arguments.output))}: {size_text(output_bytes)} in {report['seconds']:.1f} s, "
             f"{report['converted_weights_per_second'] / 1e6:.2f} M weights/s"
         )
         if report["verified_tensors"] or report["redone_tensors"]:

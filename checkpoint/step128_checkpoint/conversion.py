@@ -9,15 +9,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step128_checkpoint.errors import CheckpointError, OutputError
-from step128_checkpoint.journal import JOURNAL_NAME, Journal
+from step128_checkpoint.errors import CheckpointError, OutputError, PermissionDeniedError
+from step128_checkpoint.files import reading, size_text
+from step128_checkpoint.header import TensorInfo
+from step128_checkpoint.journal import Journal
 from step128_checkpoint.layout import Layout, OutputTensor, plan_layout
-from step128_checkpoint.reader import INDEX_NAME, Checkpoint, TensorInfo
+from step128_checkpoint.places import check_places, remove_work, work_folder
+from step128_checkpoint.reader import INDEX_NAME, Checkpoint
 from step128_checkpoint.shards import (
     PIECE_BYTES,
     Step,
@@ -82,15 +86,22 @@ def carried_files(folder: Path) -> list[Path]:
 
     Everything but weights, their index, config.json (rewritten), reports about the input, and hidden files. Paths are
     relative to ``folder``, sorted.
+
+    Raises:
+        PermissionDeniedError: one of them may not be read (better known now than after hours).
     """
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(
+    carried = sorted(
         path
         for path in files
         if not any(part.startswith(".") for part in path.parts)
         and str(path) not in ("config.json", INDEX_NAME)
         and not path.name.endswith(_NOT_CARRIED_SUFFIXES)
     )
+    for path in carried:
+        if not os.access(folder / path, os.R_OK):
+            raise PermissionDeniedError(f"{folder / path}: cannot be read: permission denied")
+    return carried
 
 
 def convert(
@@ -98,55 +109,65 @@ def convert(
 ) -> ConversionSummary:
     """Write the output folder; continues an interrupted run of the same conversion.
 
+    What fails before any tensor is finished, or cannot be continued because the input is bad, leaves nothing behind.
+
     Raises:
-        OutputError: the output exists, the disk is too small or full, or ``OUT.partial`` belongs to another run.
-        CheckpointError: the input proved bad on the way; ``OUT.partial`` is then removed, since it cannot be continued.
+        OutputError: the output exists, the disk is too small or full, or ``OUT.partial`` belongs to another run or is
+            not ours at all.
+        PermissionDeniedError: the output's place may not be written, or a file of the input may not be read.
+        CheckpointError: the input proved bad on the way.
     """
-    checkpoint, layout, out = conversion.checkpoint, conversion.layout(), out.resolve()
-    check_output_free(out)
-    work = out.with_name(out.name + ".partial")
-    product = work / "checkpoint"
+    checkpoint, layout, source = conversion.checkpoint, conversion.layout(), conversion.checkpoint.folder
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        journal = Journal(work, conversion.fingerprint(), restart)
-        try:
-            if not journal.finished and product.exists():
-                shutil.rmtree(product)
-            product.mkdir(exist_ok=True)
-            carried = carried_files(checkpoint.folder)
-            _check_disk(layout, sum((checkpoint.folder / path).stat().st_size for path in carried), product)
-            with checkpoint:
-                summary = write_shards(product, conversion.steps, layout, journal, jobs, on_progress)
-            for path in carried:
-                (product / path).parent.mkdir(parents=True, exist_ok=True)
-                write_synced(product / path, (checkpoint.folder / path).read_bytes())
-            write_synced(product / "config.json", json.dumps(conversion.config, indent=2).encode() + b"\n")
-            _publish(product, out)
-            _remove_work(work)
-        except OutputError:
-            raise
-        except CheckpointError:
-            shutil.rmtree(product, ignore_errors=True)
-            _remove_work(work)
-            raise
-        finally:
-            journal.close()
+        out = check_places(source, out)
+        work = work_folder(out)
+        product = work / "checkpoint"
+        with reading(source):
+            carried = carried_files(source)
+            carried_bytes = sum((source / path).stat().st_size for path in carried)
+        _check_disk(layout, carried_bytes, product)
+        with _made_folders(work), closing(Journal(work, conversion.fingerprint(), restart)) as journal:
+            try:
+                if not journal.finished and product.exists():
+                    shutil.rmtree(product)
+                product.mkdir(exist_ok=True)
+                with checkpoint:
+                    summary = write_shards(product, conversion.steps, layout, journal, jobs, on_progress)
+                for path in carried:
+                    _carry(source / path, product / path)
+                write_synced(product / "config.json", json.dumps(conversion.config, indent=2).encode() + b"\n")
+                _publish(product, out)
+                remove_work(work)
+            except BaseException as error:
+                hopeless = isinstance(error, CheckpointError) and not isinstance(error, OutputError)
+                if hopeless or not journal.finished:
+                    shutil.rmtree(product, ignore_errors=True)
+                    remove_work(work)
+                raise
     except OSError as error:
         raise disk_error(out, error) from error
     return ConversionSummary(output_bytes=layout.total_bytes, write=summary)
 
 
-def check_output_free(out: Path) -> None:
-    """Refuse an output that exists, unless it is an empty folder.
+def _carry(source: Path, target: Path) -> None:
+    with reading(source):
+        data = source.read_bytes()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_synced(target, data)
 
-    Raises:
-        OutputError: ``out`` is a file or a folder with something in it.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        work = out.with_name(out.name + ".partial")
-        if (work / JOURNAL_NAME).exists() and not (work / "checkpoint").exists():
-            _remove_work(work)  # killed between the rename and the clean-up: the output is complete
-        raise OutputError(f"{out} exists already. Choose another output folder, or delete this one.")
+
+@contextmanager
+def _made_folders(work: Path) -> Iterator[None]:
+    """Make a folder and its parents; after a failure, those of them that hold nothing are removed again."""
+    made = [folder for folder in (work, *work.parents) if not folder.exists()]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it holds work that a later run continues, or it never came to be
+                folder.rmdir()
+        raise
 
 
 def _check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
@@ -154,10 +175,11 @@ def _check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
     present = (product / file_name for file_name in layout.headers)
     allocated_bytes = sum(path.stat().st_blocks * 512 for path in present if path.exists())
     needed_bytes = layout.total_bytes + carried_bytes - allocated_bytes
-    free_bytes = shutil.disk_usage(product).free
+    place = next(folder for folder in product.parents if folder.exists())
+    free_bytes = shutil.disk_usage(place).free
     if needed_bytes > free_bytes:
         raise OutputError(
-            f"{product.parent.parent}: {needed_bytes / 1e9:.2f} GB are needed, {free_bytes / 1e9:.2f} GB are free. "
+            f"{product.parent.parent}: {size_text(needed_bytes)} are needed, {size_text(free_bytes)} are free. "
             "Free some space, or write to another disk."
         )
 
@@ -175,9 +197,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_work(work: Path) -> None:
-    (work / JOURNAL_NAME).unlink(missing_ok=True)
-    if not any(work.iterdir()):
-        work.rmdir()

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from step128_checkpoint.conversion import DEFAULT_MAX_SHARD_BYTES, Conversion, copy_step
 from step128_checkpoint.dtypes import from_float32, raw_array
 from step128_checkpoint.errors import CheckpointError
+from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.layout import OutputTensor
-from step128_checkpoint.quantize import PACKED_SUFFIX, SCALE_SUFFIX
-from step128_checkpoint.reader import Checkpoint, TensorInfo
+from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX
+from step128_checkpoint.reader import Checkpoint
 from step128_checkpoint.shards import Step
 from step128_kernels import codebook
 

@@ -22,7 +22,7 @@ class OutputError(CheckpointError):
 
 
 class PermissionDeniedError(OutputError):
-    """The output's place is not ours to write."""
+    """A file or folder is not ours to read or to write; what was finished before is kept."""
 
     exit_code = 5
 

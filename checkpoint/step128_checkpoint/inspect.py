@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from step128_checkpoint.dequantize import check_nl4, scale_of
-from step128_checkpoint.dtypes import FLOAT_DTYPES, to_float32
+from step128_checkpoint.dimensions import layer_of
 from step128_checkpoint.errors import CheckpointError
-from step128_checkpoint.policy import Policy
-from step128_checkpoint.quantize import PACKED_SUFFIX, SCALE_SUFFIX, expected_components
-from step128_checkpoint.reader import Checkpoint, TensorInfo
-
-_KV_SCALE = re.compile(
-    r"model\.layers\.(\d+)\.self_attn\.(k)_proj\.k_scale|model\.layers\.(\d+)\.self_attn\.(v)_proj\.v_scale"
-)
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+from step128_checkpoint.expected import structure_problems
+from step128_checkpoint.header import TensorInfo
+from step128_checkpoint.kv_scales import KV_SCALE, KvScales, read_kv_scales
+from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX, Policy
+from step128_checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,17 +29,6 @@ class ComponentSize:
     def bits_per_weight(self) -> float:
         """Stored bits for each parameter, scales included."""
         return 8 * self.size_bytes / self.parameters if self.parameters else 0.0
-
-
-@dataclass(frozen=True)
-class KvScales:
-    """Range of the FP8 KV-cache scales: ``layers`` have both a K and a V scale."""
-
-    layers: int
-    k_min: float
-    k_max: float
-    v_min: float
-    v_max: float
 
 
 @dataclass(frozen=True)
@@ -82,13 +65,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, policy: Policy) -> Inspection:
     problems: list[str] = []
     entry = _quantization(checkpoint, problems)
     rows = component_sizes(checkpoint, policy)
-    names = {row.component for row in rows}
-    problems += [f"no tensor of component {name}" for name in expected_components(checkpoint) if name not in names]
+    problems += structure_problems(checkpoint)
     with checkpoint:
-        scales = _kv_scales(checkpoint, problems)
+        scales = read_kv_scales(checkpoint, problems)
+    architectures = checkpoint.config.get("architectures")
     return Inspection(
         folder=checkpoint.folder,
-        architecture=str(next(iter(checkpoint.config.get("architectures") or ["unknown"]))),
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
         policy=str(entry["policy"]) if entry and "policy" in entry else None,
         shards=len(checkpoint.shard_paths),
         components=rows,
@@ -113,12 +96,12 @@ def component_sizes(checkpoint: Checkpoint, policy: Policy) -> tuple[ComponentSi
 
 def other_component(tensor_name: str, num_hidden_layers: int) -> str:
     """Name the group of a tensor that no policy ever quantizes."""
-    if _KV_SCALE.fullmatch(tensor_name):
+    if KV_SCALE.fullmatch(tensor_name):
         return "kv_scales"
     if tensor_name.startswith("vision_model."):
         return "vision_other"
-    layer = _LAYER.match(tensor_name)
-    if layer and int(layer[1]) >= num_hidden_layers:
+    layer = layer_of(tensor_name)
+    if layer is not None and layer >= num_hidden_layers:
         return "mtp_other"
     return "router" if ".moe." in tensor_name else "trunk_other"
 
@@ -161,28 +144,3 @@ def _quantization(checkpoint: Checkpoint, problems: list[str]) -> dict[str, Any]
         ):
             problems.append(f"{tensor.path}: tensor {tensor.name} has no packed weight beside it")
     return entry
-
-
-def _kv_scales(checkpoint: Checkpoint, problems: list[str]) -> KvScales | None:
-    found: dict[str, dict[int, float]] = {"k": {}, "v": {}}
-    for tensor in checkpoint.tensors.values():
-        if not (match := _KV_SCALE.fullmatch(tensor.name)):
-            continue
-        if tensor.elements != 1 or tensor.dtype not in FLOAT_DTYPES:
-            problems.append(
-                f"{tensor.path}: tensor {tensor.name} is {tensor.dtype} {list(tensor.shape)}, one float needed"
-            )
-            continue
-        value = float(to_float32(checkpoint.read(tensor.name), tensor.dtype, (1,))[0])
-        if not (np.isfinite(value) and value > 0):
-            problems.append(f"{tensor.path}: tensor {tensor.name} is {value}; a positive scale is needed")
-        found[match[2] or match[4]][int(match[1] or match[3])] = value
-    k, v = found["k"], found["v"]
-    if not k and not v:
-        return None
-    missing = sorted((set(range(checkpoint.num_hidden_layers)) | set(k) | set(v)) - (set(k) & set(v)))
-    if missing:
-        problems.append(f"KV scales are incomplete: layer {missing[0]} and {len(missing) - 1} more lack one")
-    if not k or not v:
-        return None
-    return KvScales(len(set(k) & set(v)), min(k.values()), max(k.values()), min(v.values()), max(v.values()))

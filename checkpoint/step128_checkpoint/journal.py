@@ -52,7 +52,7 @@ class Journal:
         for number, line in enumerate(lines):
             entry = _parse(line)
             if number == 0:
-                if entry is None or not isinstance(entry.get("fingerprint"), dict):
+                if entry is None or not _is_first_entry(entry):
                     break
                 if differing := _differences(entry["fingerprint"], fingerprint):
                     raise OutputError(
@@ -67,7 +67,12 @@ class Journal:
         os.ftruncate(self._descriptor, good_bytes)
         os.lseek(self._descriptor, 0, os.SEEK_END)
         if good_bytes == 0:
-            self._append({"fingerprint": fingerprint})
+            try:
+                self._append({"fingerprint": fingerprint})
+                os.fsync(self._descriptor)  # this line proves whose folder it is
+            except BaseException:
+                self.path.unlink()
+                raise
 
     def record(self, tensor_name: str, sha256_hex: str) -> None:
         """Note that a tensor's bytes are all written."""
@@ -82,12 +87,26 @@ class Journal:
         os.close(self._descriptor)
 
 
+def is_journal(path: Path) -> bool:
+    """Whether a file is the journal of one of our runs, by its first line."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        entry = _parse(stream.readline(1 << 20))
+    return entry is not None and _is_first_entry(entry)
+
+
+def _is_first_entry(entry: dict[str, Any]) -> bool:
+    fingerprint = entry.get("fingerprint")
+    return isinstance(fingerprint, dict) and {"command", "input"} <= set(fingerprint)
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
         entry = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 

@@ -15,6 +15,10 @@ import yaml
 from step128_checkpoint.errors import ConfigurationError
 from step128_kernels import codebook
 
+PACKED_SUFFIX = "_packed"
+SCALE_SUFFIX = "_scale"
+"""A quantized weight's name ends in "weight"; the two tensors that replace it end in these besides."""
+
 _LAYER_KINDS = ("main", "mtp", "vision")
 
 
@@ -54,7 +58,7 @@ def _matches(pattern: str, tensor_name: str, num_hidden_layers: int) -> bool:
 def _regex(pattern: str) -> re.Pattern[str]:
     regex = re.escape(pattern)
     for kind in _LAYER_KINDS:
-        regex = regex.replace(re.escape(f"{{{kind}}}"), rf"(?P<{kind}>\d+)")
+        regex = regex.replace(re.escape(f"{{{kind}}}"), rf"(?P<{kind}>[0-9]{{1,9}})")
     return re.compile(regex)
 
 
@@ -113,8 +117,10 @@ def _read(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such policy file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"{path}: a mapping is needed")
     needed = {

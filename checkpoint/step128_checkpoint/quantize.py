@@ -10,7 +10,6 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +17,15 @@ from numpy.typing import NDArray
 from step128_checkpoint.conversion import DEFAULT_MAX_SHARD_BYTES, Conversion, copy_step
 from step128_checkpoint.dtypes import BYTES_PER_ELEMENT, FLOAT_DTYPES, to_float32
 from step128_checkpoint.errors import CheckpointError
+from step128_checkpoint.expected import structure_problems
+from step128_checkpoint.files import reading
+from step128_checkpoint.header import TensorInfo, read_header
 from step128_checkpoint.layout import OutputTensor
-from step128_checkpoint.policy import Policy
-from step128_checkpoint.reader import Checkpoint, TensorInfo, read_header
+from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX, Policy
+from step128_checkpoint.reader import Checkpoint
 from step128_checkpoint.shards import Step
 from step128_kernels import codebook
 
-PACKED_SUFFIX = "_packed"
-SCALE_SUFFIX = "_scale"
 _PIECE_WEIGHTS = 1 << 20
 
 
@@ -67,7 +67,7 @@ def open_importance(path: Path, checkpoint: Checkpoint) -> Importance:
             raise CheckpointError(
                 f"{path}: {name} is {info.dtype} {list(info.shape)}, a float tensor {wanted} is needed"
             )
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     source = Checkpoint(path.parent, {}, tensors)
     source.open_files()
@@ -84,10 +84,13 @@ def plan_quantization(
     """Decide, from headers alone, what becomes of every tensor.
 
     Raises:
-        CheckpointError: the input is quantized already, a component that its config promises has no tensor, or a tensor
-            cannot be quantized (its type, or K not a multiple of 16). Names the tensor.
+        CheckpointError: the input is quantized already, contradicts its config.json (a tensor is missing, unknown or of
+            a wrong shape or type), or K is no multiple of 16. Names the tensor.
     """
     _refuse_quantized(checkpoint)
+    if problems := structure_problems(checkpoint):
+        more = f" (`step128-checkpoint inspect` shows {len(problems) - 1} more)" if problems[1:] else ""
+        raise CheckpointError(problems[0] + more)
     layers = checkpoint.num_hidden_layers
     steps: list[Step] = []
     found: set[str] = set()
@@ -99,11 +102,6 @@ def plan_quantization(
             _quantize_step(checkpoint, tensor, scale_search, importance) if chosen else copy_step(checkpoint, tensor)
         )
     present = [component for component in policy.components if component in found]
-    if absent := [name for name in expected_components(checkpoint) if name in policy.components and name not in found]:
-        raise CheckpointError(
-            f"{checkpoint.folder}: no tensor of component {absent[0]}; {policy.patterns[absent[0]][0]} or the like was "
-            "expected. The names must be those of the Hugging Face hub's Step-3.7 checkpoint."
-        )
     entry = {
         "quant_method": codebook.FORMAT_NAME,
         "format_version": codebook.FORMAT_VERSION,
@@ -135,36 +133,10 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{tensor.path}: tensor {tensor.name} shows that the checkpoint is quantized already")
 
 
-def expected_components(checkpoint: Checkpoint) -> list[str]:
-    """Components that a checkpoint of this config must have at least one tensor of."""
-    text: dict[str, Any] = checkpoint.text_config
-    layers = checkpoint.num_hidden_layers
-    moe_layers = _layer_numbers(checkpoint, text.get("moe_layers_enum") or "")
-    names = ["attention", "embed_tokens"]
-    names += ["routed_experts", "shared_experts"] if moe_layers else []
-    names += [] if moe_layers >= set(range(layers)) else ["dense_mlp"]
-    names += [] if text.get("tie_word_embeddings") else ["lm_head"]
-    names += ["mtp_linears", "mtp_heads"] if text.get("num_nextn_predict_layers") else []
-    names += ["vision_linears"] if checkpoint.config.get("vision_config") else []
-    return names
-
-
-def _layer_numbers(checkpoint: Checkpoint, value: str | list[int]) -> set[int]:
-    """Read ``moe_layers_enum``, which the hub writes as ``"3,4,5"``."""
-    try:
-        return {int(number) for number in (value.split(",") if isinstance(value, str) else value) if number != ""}
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: moe_layers_enum is {value!r}: {error}") from error
-
-
 def _quantize_step(
     checkpoint: Checkpoint, tensor: TensorInfo, scale_search: codebook.ScaleSearch, importance: Importance | None
 ) -> Step:
     where = f"{tensor.path}: tensor {tensor.name}"
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{where} has type {tensor.dtype}; quantization starts from BF16, F16 or F32")
-    if len(tensor.shape) not in (2, 3) or not tensor.elements:
-        raise CheckpointError(f"{where} has shape {list(tensor.shape)}; a weight [N, K] or [E, N, K] was expected")
     rows, columns = tensor.shape[-2:]
     if columns % codebook.GROUP_SIZE:
         raise CheckpointError(

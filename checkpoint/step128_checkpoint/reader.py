@@ -6,102 +6,18 @@ threads share one descriptor, and the memory used is what was asked for, not wha
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from step128_checkpoint.dtypes import BYTES_PER_ELEMENT
 from step128_checkpoint.errors import CheckpointError, InputNotFoundError
+from step128_checkpoint.files import read_json_object, reading
+from step128_checkpoint.header import TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file: ``offset_bytes`` counts from the file's first byte."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset_bytes: int
-
-    @property
-    def elements(self) -> int:
-        """Number of stored elements."""
-        return math.prod(self.shape)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.elements * BYTES_PER_ELEMENT[self.dtype]
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and validate one safetensors file's header; tensors come in file order.
-
-    Raises:
-        InputNotFoundError: the file does not exist.
-        CheckpointError: it is no safetensors file, is cut short, or its header contradicts itself or the file's size.
-    """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or cut short: {file_bytes} bytes, header of {header_bytes} bytes "
-                    "announced. Download it again."
-                )
-            header = json.loads(stream.read(header_bytes))
-    except FileNotFoundError:
-        raise InputNotFoundError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}). Download it again.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object. Download it again.")
-    data_start = 8 + header_bytes
-    tensors = [_tensor(path, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
-    tensors.sort(key=lambda tensor: tensor.offset_bytes)
-    expected = data_start
-    for tensor in tensors:
-        if tensor.offset_bytes != expected:
-            raise CheckpointError(
-                f"{path}: tensor {tensor.name} starts at byte {tensor.offset_bytes}, {expected} expected: the header "
-                "is wrong. Download the file again."
-            )
-        expected += tensor.size_bytes
-        if expected > file_bytes:
-            raise CheckpointError(
-                f"{path}: truncated: tensor {tensor.name} ends at byte {expected}, the file has {file_bytes}. "
-                "Download it again."
-            )
-    if expected != file_bytes:
-        raise CheckpointError(f"{path}: {file_bytes - expected} bytes after the last tensor. Download it again.")
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed ({error})") from error
-    if dtype not in BYTES_PER_ELEMENT:
-        raise CheckpointError(f"{path}: tensor {name} has type {dtype}, which is not known here")
-    tensor = TensorInfo(name, dtype, shape, path, data_start + begin)
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != tensor.size_bytes:
-        raise CheckpointError(
-            f"{path}: tensor {name} of shape {list(shape)} and type {dtype} needs {tensor.size_bytes} bytes, "
-            f"the header gives it {end - begin}"
-        )
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -133,7 +49,7 @@ class Checkpoint:
     def num_hidden_layers(self) -> int:
         """Decoder layers of the trunk; multi-token-prediction layers are numbered after them."""
         layers = self.text_config.get("num_hidden_layers")
-        if not isinstance(layers, int) or layers < 1:
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise CheckpointError(f"{self.folder / 'config.json'}: num_hidden_layers is {layers!r}, a count is needed")
         return layers
 
@@ -150,25 +66,24 @@ class Checkpoint:
         descriptor = self._descriptors[tensor.path]
         chunks: list[bytes] = []
         position = tensor.offset_bytes + start_bytes
-        try:
-            while size > 0:
+        while size > 0:
+            try:
                 chunk = os.pread(descriptor, size, position)  # may return less than 2 GiB at a time
-                if not chunk:
-                    raise CheckpointError(
-                        f"{tensor.path}: ends inside tensor {name}: the file changed while being read"
-                    )
-                chunks.append(chunk)
-                position += len(chunk)
-                size -= len(chunk)
-        except OSError as error:
-            raise CheckpointError(f"{tensor.path}: tensor {name} cannot be read: {error}") from error
+            except OSError as error:
+                raise CheckpointError(f"{tensor.path}: tensor {name} cannot be read: {error}") from error
+            if not chunk:
+                raise CheckpointError(f"{tensor.path}: ends inside tensor {name}: the file changed while being read")
+            chunks.append(chunk)
+            position += len(chunk)
+            size -= len(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def open_files(self) -> None:
         """Open every shard; :meth:`read` needs it."""
         for path in self.shard_paths:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                with reading(path):
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
 
     def __enter__(self) -> Self:
         self.open_files()
@@ -186,13 +101,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         InputNotFoundError: the folder, its config.json or all weights are missing.
+        PermissionDeniedError: one of them may not be read.
         CheckpointError: a shard is missing or bad, or index and shards contradict each other. Names file and tensor.
     """
-    if not folder.is_dir():
-        raise InputNotFoundError(f"{folder}: no such folder")
-    config = read_json_object(folder / "config.json")
+    with reading(folder):
+        if not folder.is_dir():
+            raise InputNotFoundError(f"{folder}: no such folder")
+        config = read_json_object(folder / "config.json")
+        shards = _shards(folder)
     tensors: dict[str, TensorInfo] = {}
-    for path, expected in _shards(folder).items():
+    for path, expected in shards.items():
         header = read_header(path)
         if expected is not None:
             if missing := sorted(expected - set(header)):
@@ -201,19 +119,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: holds {_and_more(unknown)}, which {INDEX_NAME} does not place there")
         tensors |= header
     return Checkpoint(folder, config, tensors)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; errors name the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputNotFoundError(f"{path}: no such file; a checkpoint folder needs it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed")
-    return value
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -229,8 +134,11 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: weight_map is missing or empty")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(f"{index_path}: tensor {name} is placed in {file_name!r}, which is no file name")
     shards: dict[Path, set[str] | None] = {}
-    for path in sorted({folder / str(file_name) for file_name in weight_map.values()}):
+    for path in sorted({folder / file_name for file_name in weight_map.values()}):
         expected = {name for name, file_name in weight_map.items() if file_name == path.name}
         if not path.exists():
             raise CheckpointError(

@@ -30,7 +30,8 @@ def before_and_after(before: Sequence[ComponentSize], after: Sequence[ComponentS
 
 def print_inspection(found: Inspection) -> None:
     """Print an inspection to standard output."""
-    table = Table(title=f"{found.folder}: {found.architecture}, {found.shards} files, policy {found.policy or 'none'}")
+    title = f"{found.folder}: {found.architecture}, {found.shards} files, policy {found.policy or 'none'}"
+    table = Table(title=escape(title))
     for heading in ("component", "tensors", "parameters", "MB", "bits/weight"):
         table.add_column(heading, justify="left" if heading == "component" else "right")
     for row in (*found.components, found.total):

@@ -19,15 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from step128_evals.acceptance import measure_acceptance
 from step128_evals.client import Client
-from step128_evals.errors import BadInputError, EvalError, InputNotFoundError
+from step128_evals.errors import BadInputError, ConfigurationError, EvalError, InputNotFoundError, PermissionDeniedError
 from step128_evals.metrics import Acceptance
 from step128_evals.perplexity import measure_perplexity
 from step128_evals.smoke import VISION_CAVEAT, SmokeOptions, run_smoke
 
 EXIT_CODES = """exit codes:
-  0 all passed    1 internal error    2 wrong usage    5 the server refuses the API key    65 unusable text
-  66 file not found    69 no server answers    70 the server answers, but not as it should
-  130 interrupted"""
+  0 all passed    1 internal error    2 wrong usage    5 the server refuses the API key, or a file may not be read
+  65 unusable text    66 file not found    69 no server answers    70 the server answers, but not as it should
+  78 unusable API key or address    130 interrupted"""
 
 Report = dict[str, Any]
 Command = Callable[[argparse.Namespace, Client], Awaitable[tuple[Report, int]]]
@@ -42,19 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report, code = {"error": str(error)}, error.exit_code
     except ExceptionGroup as group:
         known = [error for error in group.exceptions if isinstance(error, EvalError)]
-        if not known:
-            raise
-        report, code = {"error": str(known[0])}, known[0].exit_code
+        report, code = ({"error": str(known[0])}, known[0].exit_code) if known else _internal(group)
     except KeyboardInterrupt:
         report, code = {"error": "interrupted"}, 130
     except Exception as error:
-        traceback.print_exc()
-        report, code = {"error": f"internal error: {error!r}; please report it with the lines above"}, 1
+        report, code = _internal(error)
     if parsed.json:
         print(json.dumps(report | {"exit_code": code}))
     if "error" in report:
         print(f"step128-eval: {report['error']}", file=sys.stderr)
     return code
+
+
+def _internal(error: Exception) -> tuple[Report, int]:
+    traceback.print_exception(error)
+    return {"error": f"internal error: {error!r}; please report it with the lines above"}, 1
 
 
 async def _run(parsed: argparse.Namespace) -> tuple[Report, int]:
@@ -120,15 +122,22 @@ def _count(text: str) -> int:
 
 def _api_key(path: Path | None) -> str | None:
     if path is None:
-        return os.environ.get("VLLM_API_KEY") or None
-    return _read(path).strip()
+        return os.environ.get("VLLM_API_KEY", "").strip() or None
+    key = _read(path).strip()
+    if not key:
+        raise ConfigurationError(f"{path}: the API key file is empty")
+    return key
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputNotFoundError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        kinds: dict[type[OSError], type[EvalError]] = {
+            FileNotFoundError: InputNotFoundError,
+            PermissionError: PermissionDeniedError,
+        }
+        raise kinds.get(type(error), BadInputError)(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BadInputError(f"{path}: not UTF-8 text: {error}") from error
 

@@ -14,7 +14,14 @@ from typing import Any, Self
 import httpx
 import openai
 
-from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+from step128_evals.address import check_address, is_loopback
+from step128_evals.errors import (
+    ConfigurationError,
+    EvalError,
+    ServerUnreachableError,
+    UnauthorizedError,
+    UnsupportedError,
+)
 
 _TIMEOUT_SECONDS = 600.0  # a long prompt on a CPU takes minutes
 
@@ -40,15 +47,34 @@ class Client:
     Args:
         base_url: the server's address, with or without ``/v1``.
         api_key: sent as a bearer token; None for a server without one.
+
+    A server on this machine is never asked through a proxy: the key would leave the machine.
+
+    Raises:
+        ConfigurationError: the address or the key cannot be used, or the environment names an unusable proxy.
     """
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self.root_url = base_url.rstrip("/").removesuffix("/v1")
+        host = check_address(self.root_url)
+        if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
+            raise ConfigurationError("the API key is empty or not one line of printable ASCII characters")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(base_url=self.root_url, headers=headers, timeout=_TIMEOUT_SECONDS)
+        trust_env = not is_loopback(host)
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=self.root_url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=trust_env
+            )
+            transport = openai.DefaultAsyncHttpxClient(trust_env=trust_env, timeout=_TIMEOUT_SECONDS)
+        except (ValueError, ImportError) as error:
+            raise ConfigurationError(f"a proxy that the environment names cannot be used: {error}") from error
         # No retries: an eval must see a failure, not hide it.
         self.openai = openai.AsyncOpenAI(
-            base_url=f"{self.root_url}/v1", api_key=api_key or "none", max_retries=0, timeout=_TIMEOUT_SECONDS
+            base_url=f"{self.root_url}/v1",
+            api_key=api_key or "none",
+            max_retries=0,
+            timeout=_TIMEOUT_SECONDS,
+            http_client=transport,
         )
 
     async def __aenter__(self) -> Self:

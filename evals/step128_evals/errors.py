@@ -21,8 +21,20 @@ class UnauthorizedError(EvalError):
     exit_code = 5
 
 
+class PermissionDeniedError(EvalError):
+    """A local file may not be read."""
+
+    exit_code = 5
+
+
 class UnsupportedError(EvalError):
     """The server does not have what was asked for (status 404 or 405)."""
+
+
+class ConfigurationError(EvalError):
+    """The address or the API key cannot be used."""
+
+    exit_code = 78
 
 
 class InputNotFoundError(EvalError):

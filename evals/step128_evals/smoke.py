@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from step128_evals.metrics import Acceptance, acceptance_between, read_counters
 VISION_CAVEAT = (
     "This model's vision tower is not trained: the image shows that the plumbing works, the answer means nothing."
 )
+
+_ASKING_WORDS = frozenset(["what", "is", "the", "weather", "in", "how", "like", "today", "now"])
 
 WEATHER_TOOL: dict[str, Any] = {
     "type": "function",
@@ -172,9 +175,16 @@ def tool_call_problem(answer: Answer, question: str) -> str | None:
     city = arguments.get("city") if isinstance(arguments, dict) else None
     if not isinstance(city, str) or not city.strip():
         return f"the arguments have no city: {call['arguments'][:200]!r}"
-    if city.strip().casefold() not in question.casefold():
+    if not _names(question, city):
         return f"asked for the weather in {city!r}, which the question does not name"
     return None
+
+
+def _names(question: str, city: str) -> bool:
+    """Whether the question has all words of the city, in a row, and they are more than its words that ask."""
+    asked, named = (re.findall(r"\w+", text.casefold()) for text in (question, city))
+    rows = (asked[start : start + len(named)] for start in range(len(asked)))
+    return not set(named) <= _ASKING_WORDS and named in rows
 
 
 def _empty(answer: Answer) -> str | None:

@@ -1,6 +1,7 @@
 """The API key of the server: taken from a file or the environment, or generated once and kept in the state folder."""
 
 import secrets
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,48 +14,66 @@ KEY_VARIABLES = ("STEP128_API_KEY", "VLLM_API_KEY")
 
 @dataclass(frozen=True)
 class ApiKey:
-    """The key, and where the user finds it (never the key itself in a message)."""
+    """The key, where the user finds it, and a word that a shell expands to it (never the key itself in a message)."""
 
     value: str
     source: str
+    shell_word: str
 
     def __repr__(self) -> str:
         return f"ApiKey(source={self.source!r})"
 
 
-def find_api_key(key_file: Path | None, environment: Mapping[str, str], state_dir: Path) -> ApiKey:
+def find_api_key(
+    key_file: Path | None, environment: Mapping[str, str], state_dir: Path, *, generate: bool = True
+) -> ApiKey:
     """Return the key; order: `key_file`, STEP128_API_KEY, VLLM_API_KEY, the state folder's, a new one written there.
 
+    Without `generate` nothing is written, and a key that is still to be generated has an empty value.
+
     Raises:
-        LauncherError: 66 or 5, if `key_file` cannot be read; 78, if it or the variable is empty; 5 or 73, if a new key
-            cannot be written.
+        LauncherError: 66 or 5, if `key_file` cannot be read; 78, if the key is not one line of printable ASCII; 5 or
+            73, if a new key cannot be written.
 
     """
     if key_file is not None:
-        return ApiKey(_read(key_file), f"the file {key_file}")
+        return _from_file(key_file)
     for variable in KEY_VARIABLES:
         if variable in environment:
-            value = environment[variable].strip()
-            if not value:
-                raise LauncherError(
-                    ExitCode.BAD_CONFIGURATION, f"{variable} is set but empty.", "Unset it, or put a key into it."
-                )
-            return ApiKey(value, f"the environment variable {variable}")
+            value = _checked(environment[variable], f"The environment variable {variable}")
+            return ApiKey(value, f"the environment variable {variable}", f'"${variable}"')
     kept = state_dir / "api_key"
     if not kept.exists():
+        if not generate:
+            return ApiKey("", f"the file {kept}, made at the first start", _shell_word(kept))
         write_atomically(kept, secrets.token_urlsafe(32) + "\n")
-    return ApiKey(_read(kept), f"the file {kept}")
+    return _from_file(kept)
 
 
-def _read(path: Path) -> str:
+def _from_file(path: Path) -> ApiKey:
     try:
-        value = path.read_text(encoding="utf-8").strip()
+        text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     except FileNotFoundError as error:
         raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"The API key file {path} does not exist.") from error
     except OSError as error:
-        raise LauncherError(
-            ExitCode.PERMISSION, f"The API key file {path} cannot be read: {error.strerror}."
-        ) from error
+        code = ExitCode.PERMISSION if isinstance(error, PermissionError) else ExitCode.BAD_CONFIGURATION
+        raise LauncherError(code, f"The API key file {path} cannot be read: {error.strerror}.") from error
+    return ApiKey(_checked(text, f"The API key file {path}"), f"the file {path}", _shell_word(path))
+
+
+def _shell_word(path: Path) -> str:
+    return f'"$(cat {shlex.quote(str(path))})"'
+
+
+def _checked(text: str, source: str) -> str:
+    """Return the key without the blanks around it; it travels in an HTTP header, so nothing but ASCII will do."""
+    value = text.strip()
     if not value:
-        raise LauncherError(ExitCode.BAD_CONFIGURATION, f"The API key file {path} is empty.")
+        raise LauncherError(ExitCode.BAD_CONFIGURATION, f"{source} is empty.", "Put a key into it, or do without it.")
+    if not (value.isascii() and value.isprintable()):
+        raise LauncherError(
+            ExitCode.BAD_CONFIGURATION,
+            f"{source} holds something else than one line of printable ASCII.",
+            "A key for example: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
     return value

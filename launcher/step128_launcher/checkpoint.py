@@ -2,7 +2,6 @@
 
 import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,10 @@ class KvScale:
 
 @dataclass(frozen=True)
 class ModelFootprint:
-    """What a checkpoint holds. `mtp_layers` counts the complete MTP layers that are really in it."""
+    """What a checkpoint holds. `mtp_layers` counts the complete MTP layers that are really in it.
+
+    `kv_scales` holds every trunk layer and either every MTP layer or none of them; None: the checkpoint has none.
+    """
 
     path: Path
     config: ModelConfig
@@ -66,6 +68,12 @@ class ModelFootprint:
     def attention_layers(self) -> range:
         """Indices of all attention layers in the checkpoint: the trunk's, then the MTP layers'."""
         return range(self.config.num_hidden_layers + self.mtp_layers)
+
+    @property
+    def unscaled_layers(self) -> tuple[int, ...]:
+        """Attention layers without KV scales in a checkpoint that has them: all MTP layers, or none."""
+        scales = self.kv_scales
+        return () if scales is None else tuple(layer for layer in self.attention_layers if layer not in scales)
 
 
 def read_footprint(folder: Path, form: Format) -> ModelFootprint:
@@ -93,7 +101,6 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
     _check_names(folder, table, {name: tensor for name, tensor in stored.items() if name not in scale_names})
     for name, expected in table.items():
         _check_tensor(stored[name], expected)
-    attention_layers = range(config.num_hidden_layers + mtp_layers)
     return ModelFootprint(
         path=folder,
         config=config,
@@ -103,7 +110,7 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
         stored_bytes=sum(tensor.stored_bytes for tensor in stored.values()),
         components=_components(config, table, stored, len(scale_names & stored.keys())),
         mtp_layers=mtp_layers,
-        kv_scales=_kv_scales(folder, attention_layers, stored),
+        kv_scales=_kv_scales(folder, config.num_hidden_layers, mtp_layers, stored),
     )
 
 
@@ -161,15 +168,29 @@ def _check_tensor(found: StoredTensor, expected: ExpectedTensor) -> None:
         )
 
 
-def _kv_scales(folder: Path, layers: Iterable[int], stored: dict[str, StoredTensor]) -> dict[int, KvScale] | None:
-    """Return the scales of all layers, or None if the checkpoint has none at all."""
+def _kv_scales(
+    folder: Path, trunk_layers: int, mtp_layers: int, stored: dict[str, StoredTensor]
+) -> dict[int, KvScale] | None:
+    """Return the scales, or None if the checkpoint has none; the published one has none for its MTP layers."""
+    trunk = _all_or_none(folder, "trunk", range(trunk_layers), stored)
+    draft = _all_or_none(folder, "MTP", range(trunk_layers, trunk_layers + mtp_layers), stored)
+    if draft and not trunk:
+        raise CheckpointError(
+            f"{folder}: KV-cache scales are there for the MTP layers, but none for the trunk's.",
+            "Calibrate again: the trunk would be served with wrong values.",
+        )
+    return trunk | draft or None
+
+
+def _all_or_none(folder: Path, part: str, layers: range, stored: dict[str, StoredTensor]) -> dict[int, KvScale]:
+    """Return the scales of `layers`; empty if there are none."""
     names = [(layer, *kv_scale_names(layer)) for layer in layers]
     missing = [name for _, *pair in names for name in pair if name not in stored]
     if len(missing) == 2 * len(names):
-        return None
+        return {}
     if missing:
         raise CheckpointError(
-            f"{folder}: KV-cache scales are there for some attention layers, but {missing[0]} is missing "
+            f"{folder}: KV-cache scales are there for some {part} layers, but {missing[0]} is missing "
             f"({len(missing)} of {2 * len(names)}).",
             "Calibrate again: a layer without scales would be served with wrong values.",
         )

@@ -5,6 +5,7 @@ from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.hardware import Hardware
 from step128_launcher.plan import Alternative, Limits
 from step128_launcher.profiles import Profile
+from step128_launcher.sizes import format_bytes
 
 
 def usage_error(message: str, hint: str = "") -> LauncherError:
@@ -42,14 +43,21 @@ def tensor_parallel_size(hardware: Hardware, footprint: ModelFootprint, profile:
     return ranks
 
 
-def block_size_tokens(profile: Profile, limits: Limits) -> int:
+def block_size_tokens(footprint: ModelFootprint, profile: Profile, limits: Limits) -> int:
     """Return the tokens of a KV-cache block.
 
     Raises:
-        LauncherError: 2, if vLLM's CPU attention cannot use it.
+        LauncherError: 2, if vLLM's CPU attention cannot use it, or the model's longest context is shorter.
 
     """
     block_size = limits.block_size or profile.block_size
+    longest = footprint.config.max_position_embeddings
+    if block_size > longest:
+        raise usage_error(
+            f"--block-size {block_size} is above the model's longest context of {longest} tokens: "
+            "one block would hold more than any request needs.",
+            f"Profile {profile.name} uses {profile.block_size}.",
+        )
     if block_size % 32:
         raise usage_error(f"--block-size {block_size} is no multiple of 32, which vLLM's CPU attention needs.")
     return block_size
@@ -77,11 +85,20 @@ def kv_cache_dtype(
         name = "the serving dtype" if limits.kv_cache_dtype == "auto" else limits.kv_cache_dtype
         return limits.kv_cache_dtype, f"KV cache in {name}: asked for.", ()
     if usable and profile.prefer_fp8_kv_cache:
-        return "fp8", "KV cache in fp8: the checkpoint has calibrated scales for every attention layer.", ()
+        which = "trunk layer" if footprint.unscaled_layers else "attention layer"
+        return "fp8", f"KV cache in fp8: the checkpoint has calibrated scales for every {which}.", ()
     reason = f"needs calibrated scales from a quantized checkpoint; {why_not}"
     if usable:
         reason = f"profile {profile.name} prefers the serving dtype"
     return "auto", "KV cache in the serving dtype.", (Alternative("kv_cache_dtype fp8", reason),)
+
+
+def memory_shortage(hardware: Hardware, memory_bytes: int | None) -> str | None:
+    """Return what is wrong with a budget (--memory) that this machine cannot give, or None."""
+    available = hardware.memory_available_bytes
+    if memory_bytes is None or memory_bytes <= available:
+        return None
+    return f"--memory {format_bytes(memory_bytes)} is above the {format_bytes(available)} available on this machine."
 
 
 def omp_threads_bind(hardware: Hardware, ranks: int) -> str:

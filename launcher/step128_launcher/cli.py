@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
+from step128_launcher import consoles
 from step128_launcher.api_key import find_api_key
 from step128_launcher.checkpoint import ModelFootprint, read_footprint
+from step128_launcher.choices import memory_shortage
 from step128_launcher.command import (
-    API_KEY_VARIABLE,
     Server,
     check_plugin_allowed,
     environment_changes,
@@ -21,13 +20,14 @@ from step128_launcher.command import (
     server_environment,
 )
 from step128_launcher.configs_dir import find_configs_dir
-from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.errors import INTERRUPTED, ExitCode, LauncherError
 from step128_launcher.exporter import Exporter
 from step128_launcher.files import make_private_folder
 from step128_launcher.hardware import Hardware, probe
-from step128_launcher.options import build_parser
+from step128_launcher.lock import hold_lock
+from step128_launcher.options import parse
 from step128_launcher.plan import DoesNotFitError, Limits, Plan
-from step128_launcher.plan_json import plan_document, refusal_document
+from step128_launcher.plan_json import error_document, plan_document
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile, list_profiles, load_profile
 from step128_launcher.progress import Progress
@@ -50,63 +50,65 @@ class Planned:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see the --help epilog."""
-    options = build_parser({"plan": _plan, "serve": _serve, "profiles": _profiles}).parse_args(arguments)
+    options = parse({"plan": _plan, "serve": _serve, "profiles": _profiles}, arguments)
     try:
-        return int(options.run(options))
-    except DoesNotFitError as error:
-        if getattr(options, "json", False):
-            print(json.dumps(refusal_document(error), indent=1))
-        else:
-            print_memory(_stderr(), error.memory)
-        print_error(_stderr(), error)
-        return int(error.exit_code)
+        code: ExitCode = options.run(options)
     except LauncherError as error:
-        print_error(_stderr(), error)
-        return int(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output (such as `head`) went away; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.OK)
+        code = error.exit_code
+        _show(error, as_json=getattr(options, "json", False))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    _print("", end="")
+    return int(code)
 
 
-def _stdout() -> Console:
-    return _console(stderr=False)
+def _show(error: LauncherError, as_json: bool) -> None:
+    if as_json:
+        _print(json.dumps(error_document(error), indent=1))
+    elif isinstance(error, DoesNotFitError):
+        print_memory(consoles.stderr(), error.memory)
+    print_error(consoles.stderr(), error)
 
 
-def _stderr() -> Console:
-    return _console(stderr=True)
-
-
-def _console(stderr: bool) -> Console:
-    """Return a console; without a terminal rich would break the table at 80 columns."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
+def _print(text: str, end: str = "\n") -> None:
+    """Print and flush; a reader that went away (such as `head`) has seen all it wanted."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        consoles.silence(sys.stdout.fileno())
 
 
 def _plan(options: argparse.Namespace) -> ExitCode:
     planned = _make(options)
     if options.json:
         document = plan_document(planned.plan, planned.footprint, planned.hardware, planned.server)
-        print(json.dumps(document, indent=1))
+        _print(json.dumps(document, indent=1))
     else:
-        print_plan(_stdout(), planned.plan, planned.footprint, planned.hardware)
+        print_plan(consoles.stdout(), planned.plan, planned.footprint, planned.hardware)
     return ExitCode.OK
 
 
 def _serve(options: argparse.Namespace) -> ExitCode:
     check_plugin_allowed(os.environ)
     planned = _make(options)
-    plan, server = planned.plan, planned.server
+    plan, server, state_dir = planned.plan, planned.server, _state_dir(options)
+    shortage = memory_shortage(planned.hardware, options.memory)
+    if shortage:
+        raise LauncherError(ExitCode.DOES_NOT_FIT, shortage, "Lower it, or leave it out for the profile's share.")
     if options.dry_run:
-        changes = environment_changes(plan, server) | {API_KEY_VARIABLE: "(redacted)"}
-        print_command(_stdout(), server_argv(plan, server), changes)
+        api_key = find_api_key(options.api_key_file, os.environ, state_dir, generate=False)
+        changes = environment_changes(plan, server)
+        print_command(consoles.stdout(), server_argv(plan, server), changes, api_key.shell_word)
         return ExitCode.OK
-    console = _stderr()
-    print_plan(console, plan, planned.footprint, planned.hardware)
-    state_dir = _state_dir(options)
+    print_plan(consoles.stderr(), plan, planned.footprint, planned.hardware)
     make_private_folder(state_dir)
+    with hold_lock(state_dir):
+        return _run(options, planned, state_dir)
+
+
+def _run(options: argparse.Namespace, planned: Planned, state_dir: Path) -> ExitCode:
+    """Serve until the end, the plan's metrics beside it."""
+    plan, server, console = planned.plan, planned.server, consoles.stderr()
     api_key = find_api_key(options.api_key_file, os.environ, state_dir)
     console.print(f"The API key is in {api_key.source}.", markup=False, highlight=False, soft_wrap=True)
     job = Job(
@@ -134,10 +136,10 @@ def _profiles(options: argparse.Namespace) -> ExitCode:
     configs_dir = find_configs_dir()
     profiles = [load_profile(configs_dir, name) for name in list_profiles(configs_dir)]
     if options.json:
-        print(json.dumps({"schema": 1, "profiles": [asdict(profile) for profile in profiles]}, indent=1))
+        _print(json.dumps({"schema": 1, "profiles": [asdict(profile) for profile in profiles]}, indent=1))
         return ExitCode.OK
     for profile in profiles:
-        print(f"{profile.name:12} {profile.description}")
+        _print(f"{profile.name:12} {profile.description}")
     return ExitCode.OK
 
 

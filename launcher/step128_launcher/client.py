@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 _TIMEOUT_SECONDS = 10.0
+_HEALTH_TIMEOUT_SECONDS = 5.0
 
 
 class ServerClient:
@@ -20,7 +21,7 @@ class ServerClient:
     def healthy(self) -> bool:
         """Return whether /health answers 200; a server that is not there yet is just not healthy."""
         try:
-            self._get("/health")
+            self._get("/health", _HEALTH_TIMEOUT_SECONDS)
         except (OSError, http.client.HTTPException):
             return False
         return True
@@ -44,8 +45,8 @@ class ServerClient:
             raise ValueError("/v1/models lists no model") from error
         return dict(entry)
 
-    def _get(self, path: str) -> bytes:
+    def _get(self, path: str, timeout_seconds: float = _TIMEOUT_SECONDS) -> bytes:
         request = urllib.request.Request(self._base_url + path, headers=self._headers)
-        with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
+        with self._opener.open(request, timeout=timeout_seconds) as response:
             body: bytes = response.read()
         return body

@@ -31,8 +31,9 @@ class Server:
 
     @property
     def base_url(self) -> str:
-        """URL of the server, without a path."""
-        return f"http://{self.host}:{self.port}"
+        """URL of the server for this machine, without a path; an address that means "all" is reached by loopback."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
@@ -58,6 +59,9 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         *("--reasoning-parser", "step3p5"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "step3p5"),
         *("--shutdown-timeout", str(server.shutdown_timeout_seconds)),
+        *("--mm-processor-cache-gb", str(plan.mm_processor_cache_bytes / 2**30)),
+        # A line a request, and one a health check, would fill the disk in the long run.
+        "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
         *("--middleware", MIDDLEWARE),
     ]

@@ -1,5 +1,6 @@
 """Prometheus metrics beside vLLM's own: the plan, the supervisor's state and the verification."""
 
+import errno
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -54,6 +55,8 @@ class PlanCollector(Collector):
         for state in State:
             states.add_metric([state.value], float(state is now.state))
         yield states
+        description = "1 while the server is ready and answers /health."
+        yield GaugeMetricFamily("step128_server_healthy", description, value=float(now.healthy))
         if now.start_seconds is not None:
             description = "Time from the start of vLLM to a verified server."
             yield GaugeMetricFamily("step128_server_start_seconds", description, value=now.start_seconds)
@@ -85,8 +88,9 @@ class Exporter:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
+            code = ExitCode.PERMISSION if error.errno == errno.EACCES else ExitCode.PORT_IN_USE
             raise LauncherError(
-                ExitCode.PORT_IN_USE,
+                code,
                 f"The metrics port {host}:{port} cannot be opened: {error.strerror}.",
                 "Choose another with --metrics-port, or 0 for none.",
             ) from error

@@ -81,6 +81,11 @@ def fixed_lines(footprint: ModelFootprint, profile: Profile, load: Load) -> tupl
     lines.append(MemoryLine("engine core process", profile.engine_core_bytes, ASSUMED, "interpreter and libraries"))
     workers = f"interpreter, torch and operators, {ranks} rank{'s' if ranks > 1 else ''}"
     lines.append(MemoryLine("worker processes", profile.worker_bytes * ranks, ASSUMED, workers))
+    # vLLM holds image data twice: the engine core's cache of all requests' images, and the API server's for requests
+    # that only render a prompt (its cache of the others keeps sizes, not images). Workers hold none.
+    for process in ("API server", "engine core"):
+        note = "processed images, at most (profile: mm_processor_cache)"
+        lines.append(MemoryLine(f"image cache, {process}", profile.mm_processor_cache_bytes, VLLM_CODE, note))
     lines.append(MemoryLine("reserve", profile.reserve_bytes, ASSUMED, "kept free (profile)"))
     return tuple(line for line in lines if line.total_bytes)
 

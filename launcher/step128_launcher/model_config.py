@@ -4,12 +4,13 @@ Spelling of the keys: the hub's config.json of Step-3.7-Flash (text part nested 
 layer that also cover the MTP layers).
 """
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
+from step128_launcher.json_file import read_json
 
 ARCHITECTURE = "Step3p7ForConditionalGeneration"
 FULL_ATTENTION = "full_attention"
@@ -75,7 +76,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Read `folder`/config.json.
 
     Raises:
-        LauncherError: 66, if the folder or the file does not exist.
+        LauncherError: 66, if the folder or the file does not exist; 5, if the file may not be read.
         CheckpointError: if the file is no JSON, is of another architecture, or a key is missing or contradicts another.
 
     """
@@ -87,17 +88,13 @@ def read_model_config(folder: Path) -> ModelConfig:
             "MODEL is a local checkpoint folder; download or make one first.",
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except FileNotFoundError as error:
         raise LauncherError(
             ExitCode.INPUT_NOT_FOUND,
             f"{path} does not exist.",
             "MODEL must be a Hugging Face checkpoint folder: config.json, tokenizer files and *.safetensors.",
         ) from error
-    except PermissionError as error:
-        raise LauncherError(ExitCode.PERMISSION, f"{path} cannot be read: permission denied.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
     return _Reader(path, document).model()
@@ -137,8 +134,11 @@ class _Reader:
         layers, mtp_layers = get("num_hidden_layers"), get("num_nextn_predict_layers", 0)
         total = layers + mtp_layers
         layer_types = self.per_layer(text, "layer_types", total)
-        if set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION}:
-            raise self.bad(f"text_config.layer_types holds {sorted(set(map(str, layer_types)))}.")
+        unknown = [kind for kind in layer_types if kind not in (FULL_ATTENTION, SLIDING_ATTENTION)]
+        if unknown:
+            raise self.bad(
+                f"text_config.layer_types holds {unknown[0]!r}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}."
+            )
         sliding = text.get("attention_other_setting")
         if not isinstance(sliding, dict):
             raise self.bad("text_config.attention_other_setting is missing (the sliding layers' head count).")
@@ -213,7 +213,7 @@ class _Reader:
             return self.integer(section, key, "vision_config.")
 
         ratio = section.get("mlp_ratio")
-        if not isinstance(ratio, int | float) or ratio <= 0:
+        if not isinstance(ratio, int | float) or not (math.isfinite(ratio) and ratio > 0):
             raise self.bad(f"vision_config.mlp_ratio must be a positive number, found {ratio!r}.")
         width, patch = get("width"), get("patch_size")
         return VisionConfig(

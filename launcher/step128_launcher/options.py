@@ -1,7 +1,7 @@
 """The command line of `step128`."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from step128_launcher.errors import EXIT_CODE_HELP, ExitCode
@@ -11,7 +11,18 @@ DEFAULT_PORT = 8000
 DEFAULT_METRICS_PORT = 9128
 
 
-def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode]]) -> argparse.ArgumentParser:
+def parse(
+    commands: Mapping[str, Callable[[argparse.Namespace], ExitCode]], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Return the options; a usage error ends the process with status 2, as argparse does."""
+    parser = _build_parser(commands)
+    options = parser.parse_args(arguments)
+    if getattr(options, "metrics_port", 0) == getattr(options, "port", None):
+        parser.error(f"--port and --metrics-port are both {options.port}; they must differ")
+    return options
+
+
+def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode]]) -> argparse.ArgumentParser:
     """Return the parser; `commands` is command name -> what runs it, left in the namespace as `run`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -38,7 +49,7 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode]
     _add_plan_options(serve)
     serve.add_argument(
         "--metrics-port",
-        type=_port_or_zero,
+        type=_metrics_port,
         default=DEFAULT_METRICS_PORT,
         help="port of the plan's Prometheus metrics on 127.0.0.1; 0 for none (default: %(default)s)",
     )
@@ -72,7 +83,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", type=_size, help="budget instead of the profile's share, such as 6GiB")
     parser.add_argument("--served-model-name", help="model name in the API (default: the folder's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--host", type=_host, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help="port of the API (default: %(default)s)")
     parser.add_argument(
         "--state-dir", type=Path, help="folder for log, key and status (default: ~/.local/state/step128/PORT)"
@@ -93,12 +104,22 @@ def _port(text: str) -> int:
     return value
 
 
-def _port_or_zero(text: str) -> int:
+def _metrics_port(text: str) -> int:
     return 0 if text == "0" else _port(text)
+
+
+def _host(text: str) -> str:
+    host = text.strip().removeprefix("[").removesuffix("]")
+    if not host:
+        raise argparse.ArgumentTypeError("must be an address or a name; 0.0.0.0 listens on every address")
+    return host
 
 
 def _size(text: str) -> int:
     try:
-        return parse_size(text)
+        size = parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be {error}") from error
+    if not size:
+        raise argparse.ArgumentTypeError("must be above zero")
+    return size

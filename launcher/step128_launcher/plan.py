@@ -46,11 +46,13 @@ class Plan:
     block_size: int
     enforce_eager: bool
     kv_cache_memory_bytes: int
+    mm_processor_cache_bytes: int
     prediction: KvPrediction
     omp_threads_bind: str
     memory: MemoryPlan
     reasons: tuple[str, ...]
     rejected: tuple[Alternative, ...]
+    warnings: tuple[str, ...]
 
 
 class DoesNotFitError(LauncherError):

@@ -4,10 +4,11 @@ Schema 1, one JSON object:
   schema, result ("fits" or "does not fit"), profile, model {path, served_model_name, quant_method, policy, mtp_layers,
   kv_scales (bool), stored_bytes}, machine {cpus, memory_total_bytes, memory_available_bytes}, settings {max_model_len,
   num_speculative_tokens, kv_cache_dtype, max_num_seqs, max_num_batched_tokens, tensor_parallel_size, dtype, block_size,
-  enforce_eager, kv_cache_memory_bytes}, prediction {num_gpu_blocks, kv_cache_size_tokens, kv_cache_max_concurrency},
+  enforce_eager, kv_cache_memory_bytes, mm_processor_cache_bytes},
+  prediction {num_gpu_blocks, kv_cache_size_tokens, kv_cache_max_concurrency},
   memory {budget_bytes, total_bytes, free_bytes, lines [{name, bytes, evidence, explanation}]}, reasons [text],
-  rejected [{wish, reason}], argv [text], environment {name: value}, unset [name].
-A plan that does not fit has schema, result, error, hint and memory only.
+  rejected [{wish, reason}], warnings [text], argv [text], environment {name: value}, unset [name].
+An error gives {schema, error, hint, exit_code}; a plan that does not fit has result and memory besides.
 """
 
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from typing import Any
 
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import UNSET_VARIABLES, Server, environment_changes, server_argv
+from step128_launcher.errors import LauncherError
 from step128_launcher.hardware import Hardware
 from step128_launcher.memory import MemoryPlan
 from step128_launcher.plan import DoesNotFitError, Plan
@@ -32,6 +34,7 @@ _SETTINGS = (
     "block_size",
     "enforce_eager",
     "kv_cache_memory_bytes",
+    "mm_processor_cache_bytes",
 )
 
 
@@ -61,21 +64,20 @@ def plan_document(plan: Plan, footprint: ModelFootprint, hardware: Hardware, ser
         "memory": _memory(plan.memory),
         "reasons": list(plan.reasons),
         "rejected": [asdict(alternative) for alternative in plan.rejected],
+        "warnings": list(plan.warnings),
         "argv": list(server_argv(plan, server)),
         "environment": environment_changes(plan, server),
         "unset": list(UNSET_VARIABLES),
     }
 
 
-def refusal_document(error: DoesNotFitError) -> dict[str, Any]:
-    """Return the document of a plan that does not fit."""
-    return {
-        "schema": SCHEMA,
-        "result": "does not fit",
-        "error": error.message,
-        "hint": error.hint,
-        "memory": _memory(error.memory),
-    }
+def error_document(error: LauncherError) -> dict[str, Any]:
+    """Return the document of an error; for a plan that does not fit, with the memory it was refused for."""
+    code = int(error.exit_code)
+    document: dict[str, Any] = {"schema": SCHEMA, "error": error.message, "hint": error.hint, "exit_code": code}
+    if isinstance(error, DoesNotFitError):
+        document |= {"result": "does not fit", "memory": _memory(error.memory)}
+    return document
 
 
 def _memory(memory: MemoryPlan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.choices import (
     block_size_tokens,
     kv_cache_dtype,
+    memory_shortage,
     omp_threads_bind,
     tensor_parallel_size,
     usage_error,
@@ -46,12 +47,13 @@ class _Planner:
         self.hardware, self.footprint, self.profile, self.limits = hardware, footprint, profile, limits
         self.reasons: list[str] = []
         self.rejected: list[Alternative] = []
-        self.budget_bytes = limits.memory_bytes or int(hardware.memory_available_bytes * profile.usable_fraction)
+        share = int(hardware.memory_available_bytes * profile.usable_fraction)
+        self.budget_bytes = share if limits.memory_bytes is None else limits.memory_bytes
 
     def plan(self) -> Plan:
         limits, profile = self.limits, self.profile
         ranks = tensor_parallel_size(self.hardware, self.footprint, profile, limits)
-        block_size = block_size_tokens(profile, limits)
+        block_size = block_size_tokens(self.footprint, profile, limits)
         kv_dtype, why, refused = kv_cache_dtype(self.footprint, profile, limits)
         self.reasons.append(why)
         self.rejected += refused
@@ -78,7 +80,7 @@ class _Planner:
         if best.context < shortest:
             raise self.does_not_fit(candidates[-1], shortest)
         self.explain_context(best, ceiling)
-        self.explain_depth(best, candidates)
+        self.explain_depth(best, candidates, kv_dtype)
         kv_bytes, requests = self.kv_cache_bytes(best)
         cached = f"{kv_dtype}, {requests} request{'s' if requests != 1 else ''} of {best.context} tokens"
         return Plan(
@@ -93,11 +95,13 @@ class _Planner:
             block_size=block_size,
             enforce_eager=profile.enforce_eager if limits.enforce_eager is None else limits.enforce_eager,
             kv_cache_memory_bytes=kv_bytes,
+            mm_processor_cache_bytes=profile.mm_processor_cache_bytes,
             prediction=predict(best.shape, kv_bytes, best.context),
             omp_threads_bind=omp_threads_bind(self.hardware, ranks),
             memory=self.memory_plan((*best.lines, kv_line(kv_bytes, ranks, cached))),
             reasons=tuple(self.reasons),
             rejected=tuple(self.rejected),
+            warnings=tuple(filter(None, [memory_shortage(self.hardware, limits.memory_bytes)])),
         )
 
     def context_ceiling(self) -> int:
@@ -175,7 +179,7 @@ class _Planner:
         else:
             self.reasons.append(f"Context {best.context}: the maximum of profile {self.profile.name}, and it fits.")
 
-    def explain_depth(self, best: _Candidate, candidates: list[_Candidate]) -> None:
+    def explain_depth(self, best: _Candidate, candidates: list[_Candidate], kv_dtype: str) -> None:
         depth = best.load.num_speculative_tokens
         if self.limits.num_speculative_tokens is not None:
             self.reasons.append(f"MTP depth {depth}: asked for.")
@@ -183,6 +187,8 @@ class _Planner:
             self.reasons.append(f"MTP depth {depth}: the checkpoint has {self.footprint.mtp_layers} MTP layers.")
         else:
             self.reasons.append("No MTP.")
+        if depth and kv_dtype == "fp8" and self.footprint.unscaled_layers:
+            self.reasons.append("The MTP layers' KV cache uses scale 1.0: the checkpoint has no scales for them.")
         for candidate in candidates:
             if candidate.load.num_speculative_tokens > depth:
                 wish = f"num_speculative_tokens {candidate.load.num_speculative_tokens}"
@@ -207,18 +213,32 @@ class _Planner:
                 f"({format_bytes(-memory.free_bytes)} missing)"
             )
         message = f"{self.footprint.path} does not fit with a context of {context} tokens: {what}."
-        return DoesNotFitError(message, self.remedies(leanest), memory)
+        return DoesNotFitError(message, self.remedies(leanest, memory.free_bytes < 0, needed > cap), memory)
 
-    def remedies(self, leanest: _Candidate) -> str:
+    def remedies(self, leanest: _Candidate, memory_binds: bool, cap_binds: bool) -> str:
         """Return what would make it fit, most useful first."""
+        limits, profile = self.limits, self.profile
         ideas = []
-        if self.limits.max_model_len and leanest.context >= self.profile.min_model_len:
+        if limits.max_model_len and leanest.context >= profile.min_model_len:
             ideas.append(f"--max-model-len {leanest.context}")
+        for flag, asked, usual in (
+            ("--block-size", limits.block_size, profile.block_size),
+            ("--max-num-batched-tokens", limits.max_num_batched_tokens, profile.max_num_batched_tokens),
+            ("--max-num-seqs", limits.max_num_seqs, profile.max_num_seqs),
+        ):
+            if asked is not None and asked > usual:
+                ideas.append(f"{flag} {usual} (as in profile {profile.name})")
         if leanest.load.num_speculative_tokens:
             ideas.append("--num-speculative-tokens 0")
         if leanest.load.dtype != "bfloat16":
             ideas.append("--dtype bfloat16")
         if self.footprint.quantization is None:
             ideas.append("quantize the checkpoint (step128-checkpoint quantize)")
-        ideas.append("raise --memory" if self.limits.memory_bytes else "free memory on this machine")
+        if cap_binds:
+            ideas.append(
+                f"a memory.kv_cache_max above {format_bytes(profile.kv_cache_max_bytes)} in {profile.name}.yaml"
+            )
+        if memory_binds:
+            room = limits.memory_bytes is not None and limits.memory_bytes < self.hardware.memory_available_bytes
+            ideas.append("raise --memory" if room else "free memory on this machine")
         return "Try: " + "; ".join(ideas) + "."

@@ -17,16 +17,18 @@ def check_port_free(host: str, port: int) -> None:
 
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the server itself does: a port whose last connection is still in TIME_WAIT counts as free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the server itself does: a port whose last connection is still in TIME_WAIT counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise port_in_use(host, port) from error
-            code = ExitCode.PERMISSION if error.errno == errno.EACCES else ExitCode.BAD_CONFIGURATION
-            raise LauncherError(code, f"{host}:{port} cannot be opened: {error.strerror}.") from error
+    except UnicodeError as error:  # what Python makes of a name longer than DNS allows
+        raise LauncherError(ExitCode.BAD_CONFIGURATION, f"--host {host!r} is no address and no name.") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise port_in_use(host, port) from error
+        code = ExitCode.PERMISSION if error.errno == errno.EACCES else ExitCode.BAD_CONFIGURATION
+        raise LauncherError(code, f"Port {port} on {host} cannot be opened: {error.strerror}.") from error
 
 
 def port_in_use(host: str, port: int) -> LauncherError:
@@ -36,9 +38,19 @@ def port_in_use(host: str, port: int) -> LauncherError:
     )
 
 
-def prepare_state_dir(state_dir: Path, load_report_dir: Path) -> None:
-    """Make the folders and remove the load reports of an earlier run, which would vouch for this one."""
+def prepare_state_dir(state_dir: Path, load_report_dir: Path, log: Path) -> None:
+    """Make the folders, keep the earlier run's log as `log`.1, and remove its load reports: they would vouch for ours.
+
+    Raises:
+        LauncherError: 5 or 73, if something there cannot be written.
+
+    """
     make_private_folder(state_dir)
+    try:
+        if log.exists():
+            log.replace(log.with_name(log.name + ".1"))
+    except OSError as error:
+        raise cannot_write(log, error) from error
     try:
         if load_report_dir.exists():
             shutil.rmtree(load_report_dir)

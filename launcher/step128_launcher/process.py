@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.files import cannot_write
 
+_CHILD = Path(__file__).with_name("child.py")
 _POLL_SECONDS = 0.02
 _KILL_WAIT_SECONDS = 10.0
 _TRACKER_WAIT_SECONDS = 3.0
@@ -19,7 +21,10 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class ProcessGroup:
-    """Starts a command as the leader of a new session; its output goes to a log file."""
+    """Starts a command as the leader of a new session; its output goes to a log file.
+
+    It gets SIGTERM should this process die without ending it (see child.py), so it is made from the main thread.
+    """
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         _adopt_orphans()
@@ -30,7 +35,7 @@ class ProcessGroup:
             raise cannot_write(log, error) from error
         try:
             self._process = subprocess.Popen(
-                argv,
+                [sys.executable, "-I", str(_CHILD), str(os.getpid()), *argv],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -38,7 +43,8 @@ class ProcessGroup:
                 start_new_session=True,
             )
         except OSError as error:
-            raise LauncherError(ExitCode.SERVER_FAILED, f"{argv[0]} cannot be started: {error.strerror}.") from error
+            message = f"{sys.executable} cannot be started: {error.strerror}."
+            raise LauncherError(ExitCode.SERVER_FAILED, message) from error
         finally:
             os.close(output)
 

@@ -25,6 +25,7 @@ class Profile:
     usable_fraction: float
     reserve_bytes: int
     kv_cache_max_bytes: int
+    mm_processor_cache_bytes: int
     api_server_bytes: int
     engine_core_bytes: int
     worker_bytes: int
@@ -148,6 +149,7 @@ _SCHEMA: dict[str, Any] = {
         "usable_fraction": ("usable_fraction", _fraction),
         "reserve": ("reserve_bytes", parse_size),
         "kv_cache_max": ("kv_cache_max_bytes", parse_size),
+        "mm_processor_cache": ("mm_processor_cache_bytes", parse_size),
     },
     "processes": {
         "api_server": ("api_server_bytes", parse_size),

@@ -1,5 +1,6 @@
 """What a person sees while the server starts: one moving line on a terminal, plain lines elsewhere."""
 
+import contextlib
 import time
 
 from rich.console import Console
@@ -11,7 +12,11 @@ _COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
 
 
 class Progress:
-    """Writes to stderr, so that stdout stays for results."""
+    """Writes to stderr, so that stdout stays for results.
+
+    Writing may fail (a full disk, a terminal that is gone): then there is nobody to tell, and the server that is being
+    looked after matters more, so that failure alone is passed over.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -24,27 +29,31 @@ class Progress:
         if name == self._phase:
             return
         self._phase = name
-        if not self._console.is_terminal:
-            self._console.print(f"[{self._elapsed():5.1f} s] {name}", markup=False, highlight=False)
-        elif self._status is None:
-            self._status = self._console.status(_Elapsed(self))
-            self._status.start()
+        with contextlib.suppress(OSError):
+            if not self._console.is_terminal:
+                self._console.print(f"[{self._elapsed():5.1f} s] {name}", markup=False, highlight=False)
+            elif self._status is None:
+                self._status = self._console.status(_Elapsed(self))
+                self._status.start()
 
     def say(self, text: str) -> None:
         """Print a line that stays, and end the moving one."""
         self.close()
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def check(self, check: Check) -> None:
         """Print one check's result."""
         self.close()
-        self._console.print(f"{check.outcome:4} ", style=_COLOURS[check.outcome], end="")
-        self._console.print(f"{check.name}: {check.detail}", markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self._console.print(f"{check.outcome:4} ", style=_COLOURS[check.outcome], end="")
+            self._console.print(f"{check.name}: {check.detail}", markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """End the moving line."""
         if self._status is not None:
-            self._status.stop()
+            with contextlib.suppress(OSError):
+                self._status.stop()
             self._status = None
 
     def _elapsed(self) -> float:

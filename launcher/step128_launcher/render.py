@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.command import UNSET_VARIABLES
+from step128_launcher.command import API_KEY_VARIABLE, UNSET_VARIABLES
 from step128_launcher.errors import LauncherError
 from step128_launcher.hardware import Hardware
 from step128_launcher.memory import MemoryPlan
@@ -25,7 +25,7 @@ def print_plan(console: Console, plan: Plan, footprint: ModelFootprint, hardware
         console,
         f"         {weights}, {format_bytes(footprint.stored_bytes)} in {footprint.tensors} tensors, "
         f"{footprint.config.num_hidden_layers} layers + {footprint.mtp_layers} MTP, "
-        f"KV scales: {'yes' if footprint.kv_scales else 'no'}",
+        f"KV scales: {_scaled(footprint)}",
     )
     _say(
         console,
@@ -33,6 +33,8 @@ def print_plan(console: Console, plan: Plan, footprint: ModelFootprint, hardware
         f"{format_bytes(hardware.memory_total_bytes)} available; profile {plan.profile}",
     )
     print_memory(console, plan.memory)
+    for warning in plan.warnings:
+        _say(console, f"WARNING  {warning}")
     for reason in plan.reasons:
         _say(console, f"  + {reason}")
     for alternative in plan.rejected:
@@ -70,12 +72,19 @@ def print_error(console: Console, error: LauncherError) -> None:
         _say(console, error.hint)
 
 
-def print_command(console: Console, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Print the environment and argv as one line a shell understands, the API key left out."""
+def print_command(console: Console, argv: Sequence[str], environment: Mapping[str, str], key: str) -> None:
+    """Print the environment and argv as one line a shell understands; `key` is the shell's word for the API key."""
     unset = [part for name in UNSET_VARIABLES for part in ("-u", name)]
     assignments = [f"{name}={value}" for name, value in environment.items()]
-    console.print(shlex.join(["env", *unset, *assignments, *argv]), markup=False, highlight=False, soft_wrap=True)
+    words = [shlex.join(["env", *unset, *assignments]), f"{API_KEY_VARIABLE}={key}", shlex.join(argv)]
+    _say(console, " ".join(words))
 
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _scaled(footprint: ModelFootprint) -> str:
+    if footprint.kv_scales is None:
+        return "no"
+    return "trunk only" if footprint.unscaled_layers else "yes"

@@ -13,6 +13,7 @@ from step128_launcher.client import ServerClient
 from step128_launcher.command import Server
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
 from step128_launcher.files import write_atomically
+from step128_launcher.health import HealthWatch
 from step128_launcher.load_report import read_load_reports
 from step128_launcher.plan import Plan
 from step128_launcher.preflight import check_port_free, port_in_use, prepare_state_dir
@@ -20,9 +21,10 @@ from step128_launcher.process import ProcessGroup
 from step128_launcher.progress import Progress
 from step128_launcher.status import ServerStatus, State
 from step128_launcher.verify import Observation, Outcome, failed, verify
-from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail
+from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail, remedy
 
 _POLL_SECONDS = 0.1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # On top of the time vLLM gives to requests in flight: its processes need a while to end. Longer brings nothing: when
 # that time is over vLLM kills its engine, and then waits without end for the client of a request that was cut off.
 _EXIT_GRACE_SECONDS = 10.0
@@ -61,15 +63,17 @@ class Supervisor:
         self._client = ServerClient(job.server.base_url, job.api_key)
 
     def run(self) -> ExitCode:
-        """Return 0 after SIGTERM or SIGINT.
+        """Return 0 after SIGTERM, SIGINT, SIGQUIT, or SIGHUP where that is not ignored (nohup).
 
         Raises:
             LauncherError: 75, 73 or 5 before anything is started; 65, 69 or 70 after it was taken down again.
 
         """
         check_port_free(self._job.server.host, self._job.server.port)
-        prepare_state_dir(self._job.state_dir, self._job.server.load_report_dir)
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        prepare_state_dir(self._job.state_dir, self._job.server.load_report_dir, self._job.log)
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [number for number in _STOP_SIGNALS if not (nohup and number is signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             self._serve()
             self._status.enter(State.STOPPED)
@@ -86,7 +90,8 @@ class Supervisor:
         return ExitCode.OK
 
     def _serve(self) -> None:
-        self._enter(State.STARTING)
+        self._status.enter(State.STARTING)
+        self._write_status(required=True)
         self._process = ProcessGroup(self._job.argv, self._job.environment, self._job.log)
         if not self._await_health():
             self._drain(_LOADING_GRACE_SECONDS)
@@ -94,10 +99,18 @@ class Supervisor:
         if self._verify():
             self._enter(State.READY)
             self._progress.say(f"Ready: {self._job.server.base_url}/v1 serves {self._job.server.served_model_name}.")
+            self._watch()
+        self._drain(self._job.server.shutdown_timeout_seconds + _EXIT_GRACE_SECONDS)
+
+    def _watch(self) -> None:
+        """Return when a signal came."""
+        with HealthWatch(self._client, self._status) as health:
             while not self._stop_signals:
                 self._require_alive("died while serving")
+                news = health.news()
+                if news:
+                    self._progress.say(news)
                 time.sleep(_POLL_SECONDS)
-        self._drain(self._job.server.shutdown_timeout_seconds + _EXIT_GRACE_SECONDS)
 
     def _await_health(self) -> bool:
         """Wait until /health answers; False if a signal came first."""
@@ -157,17 +170,22 @@ class Supervisor:
         if status is None or self._stop_signals:
             return
         lines = read_tail(self._job.log)
+        # Only the start's own lines tell why it failed; later the log may hold anything, a request's text included.
+        if self._status.snapshot().state is not State.READY:
+            self._require_no_known_failure(lines)
+        ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+        reason = "\n  ".join(cause(lines)) or "its log is empty"
+        action = remedy(lines)
+        hint = f"vLLM's log: {self._job.log}." + (f"\n{action}" if action else "")
+        killed = " Killed from outside; if nobody did, the machine ran out of memory." if status == -9 else ""
+        raise LauncherError(ExitCode.SERVER_FAILED, f"vLLM {what} ({ended}).{killed}\n  {reason}", hint)
+
+    def _require_no_known_failure(self, lines: list[str]) -> None:
         complaint = plugin_error(lines)
         if complaint:
             raise CheckpointError(f"The plugin refused the checkpoint: {complaint}", f"vLLM's log: {self._job.log}.")
         if any("address already in use" in line.lower() for line in lines):
             raise port_in_use(self._job.server.host, self._job.server.port)
-        ended = f"signal {-status}" if status < 0 else f"exit status {status}"
-        reason = "\n  ".join(cause(lines)) or "its log is empty"
-        killed = " Killed from outside; if nobody did, the machine ran out of memory." if status == -9 else ""
-        raise LauncherError(
-            ExitCode.SERVER_FAILED, f"vLLM {what} ({ended}).{killed}\n  {reason}", f"vLLM's log: {self._job.log}."
-        )
 
     def _drain(self, seconds: float) -> None:
         """End vLLM: ask, wait `seconds` for it to finish, then let it be killed; a second signal does that at once."""
@@ -193,8 +211,11 @@ class Supervisor:
         self._status.enter(state)
         self._write_status()
 
-    def _write_status(self) -> None:
-        """Write status.json: what other programs need to find this server."""
+    def _write_status(self, required: bool = False) -> None:
+        """Write status.json: what other programs need to find this server.
+
+        Unless `required` a failure is only reported: a disk that fills up later must not leave vLLM unattended.
+        """
         now = self._status.snapshot()
         document = {
             "schema": 1,
@@ -206,4 +227,9 @@ class Supervisor:
             "log": str(self._job.log),
             "start_seconds": now.start_seconds,
         }
-        write_atomically(self._job.state_dir / "status.json", json.dumps(document, indent=1) + "\n")
+        try:
+            write_atomically(self._job.state_dir / "status.json", json.dumps(document, indent=1) + "\n")
+        except LauncherError as error:
+            if required:
+                raise
+            self._progress.say(f"warning: {error.message}")

@@ -4,7 +4,6 @@ Format: 8 bytes little-endian header length, a JSON object name -> {dtype, shape
 the offsets are relative (https://huggingface.co/docs/safetensors).
 """
 
-import json
 import math
 import re
 import struct
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
+from step128_launcher.errors import CheckpointError
+from step128_launcher.json_file import parse_json, read_json, unreadable
 
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
@@ -36,6 +36,7 @@ def read_shards(folder: Path) -> tuple[dict[str, StoredTensor], int]:
     """Read all headers; return name -> tensor, and the number of shards.
 
     Raises:
+        LauncherError: 5, if a file may not be read.
         CheckpointError: naming the file, and the tensor where there is one, if a shard is missing, truncated, no
             safetensors file, or contradicts the index.
 
@@ -73,13 +74,12 @@ def read_float32_scalar(tensor: StoredTensor) -> float:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return tensor name -> shard file name; empty if the checkpoint has no index."""
-    if not path.exists():
+    try:
+        document = read_json(path)
+    except FileNotFoundError:
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = {str(name): str(file) for name, file in weight_map.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+        items = {str(name): str(file) for name, file in document["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no object weight_map (tensor name -> file name).") from error
     for name, file in items.items():
@@ -120,12 +120,9 @@ def _read_header(path: Path) -> list[StoredTensor]:
                     "Fetch or write this shard again.",
                 )
             raw = file.read(length)
-    except PermissionError as error:
-        raise LauncherError(ExitCode.PERMISSION, f"{path} cannot be read: permission denied.") from error
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON ({error}).") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    header = parse_json(raw, f"{path} is no safetensors file: its header is not JSON")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object.")
     header.pop("__metadata__", None)

@@ -22,11 +22,20 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One consistent view; `start_seconds` is None until the server is ready."""
+    """One consistent view; `start_seconds` is None until the server is ready.
+
+    `failed_probes` counts the requests to /health that failed since the last that did not.
+    """
 
     state: State
     start_seconds: float | None
     checks: tuple[Check, ...]
+    failed_probes: int
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the server is ready and answered when it was asked last."""
+        return self.state is State.READY and self.failed_probes == 0
 
 
 @dataclass
@@ -37,6 +46,7 @@ class ServerStatus:
     _checks: tuple[Check, ...] = ()
     _started_at: float | None = None
     _start_seconds: float | None = None
+    _failed_probes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, state: State) -> None:
@@ -53,7 +63,12 @@ class ServerStatus:
         with self._lock:
             self._checks = tuple(checks)
 
+    def probed(self, healthy: bool) -> None:
+        """Keep the result of one request to /health."""
+        with self._lock:
+            self._failed_probes = 0 if healthy else self._failed_probes + 1
+
     def snapshot(self) -> Snapshot:
         """Return the current view."""
         with self._lock:
-            return Snapshot(self._state, self._start_seconds, self._checks)
+            return Snapshot(self._state, self._start_seconds, self._checks, self._failed_probes)

@@ -12,13 +12,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
-from step128_launcher.checkpoint import ModelFootprint
+from step128_launcher.checkpoint import KvScale, ModelFootprint
 from step128_launcher.load_report import DRAFT, TARGET, LoadReport
 from step128_launcher.plan import Plan
 
 _SCALE_TOLERANCE = 1e-6
 CACHE_CONFIG_METRIC = "vllm:cache_config_info"
+_ACCEPTED_METRIC = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+_UNSCALED = KvScale(1.0, 1.0)  # in effect in vLLM for a layer whose scales the checkpoint lacks
 
 
 class Outcome(StrEnum):
@@ -53,7 +56,8 @@ def verify(plan: Plan, footprint: ModelFootprint, served_model_name: str, seen: 
     targets = [report for report in seen.reports if report.role == TARGET]
     drafts = [report for report in seen.reports if report.role == DRAFT]
     checks = [
-        *_reports(plan, targets, drafts, seen.report_problems),
+        _plugin_loaded(plan, targets, seen.report_problems),
+        _mtp(plan, drafts, seen),
         _plugin_version(seen.reports),
         _quantization(footprint, seen.reports),
         _weight_path(footprint, targets),
@@ -81,22 +85,30 @@ def _compare(name: str, found: object, expected: object, otherwise: Outcome = Ou
     return Check(name, otherwise, f"found {found}, expected {expected}")
 
 
-def _reports(plan: Plan, targets: list[LoadReport], drafts: list[LoadReport], problems: list[str]) -> list[Check]:
+def _plugin_loaded(plan: Plan, targets: list[LoadReport], problems: list[str]) -> Check:
     ranks = list(range(plan.tensor_parallel_size))
-    suffix = f" (unreadable: {'; '.join(problems)})" if problems else ""
     found = [report.rank for report in targets]
-    outcome = Outcome.PASS if found == ranks else Outcome.FAIL
-    detail = (
-        f"loaded on ranks {found}" if found == ranks else f"load reports of ranks {found}, expected {ranks}{suffix}"
-    )
-    checks = [Check("plugin_loaded", outcome, detail)]
-    wanted = ranks if plan.num_speculative_tokens else []
+    if found == ranks:
+        return Check("plugin_loaded", Outcome.PASS, f"loaded on ranks {found}")
+    detail = f"load reports of ranks {found}, expected {ranks}{_unreadable(problems)}"
+    return Check("plugin_loaded", Outcome.FAIL, detail)
+
+
+def _unreadable(problems: list[str]) -> str:
+    return f" (unreadable: {'; '.join(problems)})" if problems else ""
+
+
+def _mtp(plan: Plan, drafts: list[LoadReport], seen: Observation) -> Check:
+    """Compare the draft's ranks, and the depth: vLLM makes one counter for each position it drafts, at its start."""
+    planned = plan.num_speculative_tokens
+    wanted = list(range(plan.tensor_parallel_size)) if planned else []
     found = [report.rank for report in drafts]
-    if found == wanted:
-        detail = f"depth {plan.num_speculative_tokens}, draft loaded on ranks {found}" if wanted else "off, as planned"
-        return [*checks, Check("mtp", Outcome.PASS, detail)]
-    detail = f"depth {plan.num_speculative_tokens} planned, draft load reports of ranks {found}{suffix}"
-    return [*checks, Check("mtp", Outcome.FAIL, detail)]
+    depth = len({sample.labels.get("position") for sample in samples(seen.metrics, _ACCEPTED_METRIC)})
+    if found == wanted and depth == planned:
+        detail = f"depth {depth}, draft loaded on ranks {found}" if planned else "off, as planned"
+        return Check("mtp", Outcome.PASS, detail)
+    detail = f"depth {planned} planned, {depth} in effect, draft load reports of ranks {found}"
+    return Check("mtp", Outcome.FAIL, detail + _unreadable(seen.report_problems))
 
 
 def _plugin_version(reports: list[LoadReport]) -> Check:
@@ -147,24 +159,28 @@ def _components(
 
 
 def _kv_scales(name: str, footprint: ModelFootprint, reports: list[LoadReport], layers: range) -> Check:
-    """Each rank must use the checkpoint's scale in each of `layers`."""
+    """Each rank must use the checkpoint's scale in each of `layers`, or 1.0 where the checkpoint has none."""
     scales = footprint.kv_scales or {}
     for report in reports:
         for layer in layers:
-            expected, found = scales[layer], report.kv_scales.get(layer)
+            expected, found = scales.get(layer, _UNSCALED), report.kv_scales.get(layer)
             where = f"layer {layer}, {report.role} rank {report.rank}"
             if found is None:
                 return Check(name, Outcome.FAIL, f"{where}: no scale in effect")
             if not _close(found[0], expected.k) or not _close(found[1], expected.v):
-                detail = f"{where}: k {found[0]:g} v {found[1]:g} in effect, k {expected.k:g} v {expected.v:g} stored"
+                source = "stored" if layer in scales else "expected without stored scales"
+                detail = f"{where}: k {found[0]:g} v {found[1]:g} in effect, k {expected.k:g} v {expected.v:g} {source}"
                 return Check(name, Outcome.FAIL, detail)
     if not reports:
         return Check(name, Outcome.FAIL, "no load report")
-    return Check(name, Outcome.PASS, f"{len(layers)} layers as in the checkpoint")
+    stored = all(layer in scales for layer in layers)
+    how = "as in the checkpoint" if stored else "at 1.0: the checkpoint has none for them"
+    return Check(name, Outcome.PASS, f"{len(layers)} layers {how}")
 
 
 def _close(found: float, expected: float) -> bool:
-    return math.isclose(found, expected, rel_tol=_SCALE_TOLERANCE)
+    # 1.0 is exact in every float type; stored scales may have been rounded on their way through text.
+    return found == expected or (expected != 1.0 and math.isclose(found, expected, rel_tol=_SCALE_TOLERANCE))
 
 
 def _cache(plan: Plan, metrics: str) -> list[Check]:
@@ -188,14 +204,16 @@ def _cache(plan: Plan, metrics: str) -> list[Check]:
 
 def cache_config(metrics: str) -> dict[str, str] | None:
     """Return the labels of vLLM's cache_config_info metric, or None."""
+    return next((dict(sample.labels) for sample in samples(metrics, CACHE_CONFIG_METRIC)), None)
+
+
+def samples(metrics: str, name: str) -> list[Sample]:
+    """Return all samples of one name in a /metrics text; none if the text cannot be parsed."""
     try:
-        for family in text_string_to_metric_families(metrics):
-            for sample in family.samples:
-                if sample.name == CACHE_CONFIG_METRIC:
-                    return dict(sample.labels)
+        families = list(text_string_to_metric_families(metrics))
     except ValueError:
-        return None
-    return None
+        return []
+    return [sample for family in families for sample in family.samples if sample.name == name]
 
 
 def _model(plan: Plan, served_model_name: str, model: dict[str, Any]) -> list[Check]:

@@ -35,6 +35,11 @@ _CONSEQUENCES = (
     "Executor failed",
 )
 _DEAD_WORKER = "died unexpectedly"
+# Text of a known cause -> what to do about it.
+_REMEDIES = (
+    ("operator torchvision::nms does not exist", "Repair the environment: python -m step128_kernels.cpu_environment"),
+    ("libc10_cuda.so: cannot open", "Repair the environment: python -m step128_kernels.cpu_environment"),
+)
 _TAIL_BYTES = 2_000_000
 
 
@@ -73,6 +78,11 @@ def cause(lines: list[str]) -> list[str]:
     # Some exceptions say what is wrong on the indented lines after their name.
     details = itertools.takewhile(lambda line: line.startswith("  "), lines[start + 1 : start + 4])
     return [lines[start], *(line.strip() for line in details)]
+
+
+def remedy(lines: list[str]) -> str | None:
+    """Return what to do about a known cause found in the log, or None."""
+    return next((action for text, action in _REMEDIES if any(text in line for line in lines)), None)
 
 
 class LogFollower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-HIDDEN, LAYERS, MTP, EXPERTS, INTERMEDIATE, VOCABULARY, VISION = 64, 3, 1, 4, 32, 96, 32
+LAYERS, MTP = 3, 1
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -30,93 +31,147 @@ def write_safetensors(path: Path, entries: dict[str, tuple[str, list[int], bytes
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in entries.values()))
 
 
-def step_tensors(hidden: int = HIDDEN, experts: int = EXPERTS) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a text model with MTP and one vision block."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (VOCABULARY, hidden),
-        "vision_model.conv1.weight": (VISION, 3, 14, 14),
-        "vit_large_projector.weight": (hidden, VISION),
-    }
-    for layer in range(LAYERS + MTP):
-        prefix = f"model.layers.{layer}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{prefix}.self_attn.{name}.weight"] = (hidden, hidden)
-        shapes[f"{prefix}.self_attn.g_proj.weight"] = (2, hidden)
-        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        dense = layer == 0 or layer >= LAYERS
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            shape = (hidden, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, hidden)
-            if dense:
-                shapes[f"{prefix}.mlp.{name}.weight"] = shape
-            else:
-                shapes[f"{prefix}.moe.{name}.weight"] = (experts, *shape)
-                shapes[f"{prefix}.share_expert.{name}.weight"] = shape
-        if not dense:
-            shapes[f"{prefix}.moe.gate.weight"] = (experts, hidden)
-        if layer >= LAYERS:
-            shapes[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
-            shapes[f"{prefix}.transformer.shared_head.output.weight"] = (VOCABULARY, hidden)
-    block = "vision_model.transformer.resblocks.0"
-    shapes[f"{block}.attn.in_proj_weight"] = (3 * VISION, VISION)
-    shapes[f"{block}.attn.in_proj_bias"] = (3 * VISION,)
-    shapes[f"{block}.attn.out_proj.weight"] = (VISION, VISION)
-    shapes[f"{block}.mlp.c_fc.weight"] = (2 * VISION, VISION)
-    shapes[f"{block}.mlp.c_proj.weight"] = (VISION, 2 * VISION)
-    return shapes
-
-
-def step_config() -> dict[str, Any]:
-    text = {
-        "num_hidden_layers": LAYERS,
-        "num_nextn_predict_layers": MTP,
-        "moe_layers_enum": "1,2",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
+def step_config(**text: Any) -> dict[str, Any]:
+    """config.json of a small model in the hub's spelling; ``text`` replaces entries of text_config."""
     return {
         "architectures": ["Step3p7ForConditionalGeneration"],
         "model_type": "step3p7",
         "torch_dtype": "bfloat16",
-        "vision_config": {"layers": 1},
-        "text_config": text,
+        "vision_config": {"width": 32, "layers": 1, "mlp_ratio": 2.0, "patch_size": 14, "image_size": 28},
+        "text_config": {
+            "num_hidden_layers": LAYERS,
+            "num_nextn_predict_layers": MTP,
+            "moe_layers_enum": "1,2",
+            "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "vocab_size": 96,
+            "head_dim": 16,
+            "num_attention_heads": 2,
+            "attention_other_setting": {"num_attention_heads": 4},
+            "num_attention_groups": 1,
+            "moe_num_experts": 4,
+            "moe_intermediate_size": 32,
+            "share_expert_dim": 16,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            **text,
+        },
     }
+
+
+def step_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of the model that ``config`` describes, written down a second time."""
+    text = config["text_config"]
+    hidden, vocabulary, experts = text["hidden_size"], text["vocab_size"], text["moe_num_experts"]
+    trunk, head_dim = text["num_hidden_layers"], text["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+        "vision_model.conv1.weight": (32, 3, 14, 14),
+        "vision_model.positional_embedding": (4, 32),
+        "vision_model.ln_pre.weight": (32,),
+        "vision_model.ln_pre.bias": (32,),
+        "vision_model.vit_downsampler1.weight": (64, 32, 3, 3),
+        "vision_model.vit_downsampler1.bias": (64,),
+        "vision_model.vit_downsampler2.weight": (128, 64, 3, 3),
+        "vision_model.vit_downsampler2.bias": (128,),
+        "vit_large_projector.weight": (hidden, 128),
+    }
+
+    def mlp(prefix: str, inner: int, *outer: int) -> None:
+        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            shapes[f"{prefix}.{name}_proj.weight"] = (*outer, *shape)
+
+    for layer in range(trunk + text["num_nextn_predict_layers"]):
+        prefix = f"model.layers.{layer}"
+        other = text["layer_types"][layer] == "sliding_attention"
+        heads = (text["attention_other_setting"] if other else text)["num_attention_heads"]
+        kv = text["num_attention_groups"] * head_dim
+        for name, rows in (("q", heads * head_dim), ("k", kv), ("v", kv), ("g", heads)):
+            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, heads * head_dim)
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        norms += ["enorm", "hnorm", "transformer.shared_head.norm"] if layer >= trunk else []
+        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in norms}
+        shapes |= {f"{prefix}.self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+        if str(layer) in text["moe_layers_enum"].split(","):
+            mlp(f"{prefix}.moe", text["moe_intermediate_size"], experts)
+            mlp(f"{prefix}.share_expert", text["share_expert_dim"])
+            shapes[f"{prefix}.moe.gate.weight"] = (experts, hidden)
+            shapes[f"{prefix}.moe.router_bias"] = (experts,)
+        else:
+            mlp(f"{prefix}.mlp", text["intermediate_size"])
+        if layer >= trunk:
+            shapes[f"{prefix}.eh_proj.weight"] = (hidden, 2 * hidden)
+            shapes[f"{prefix}.transformer.shared_head.output.weight"] = (vocabulary, hidden)
+    block = "vision_model.transformer.resblocks.0"
+    shapes |= {
+        f"{block}.attn.in_proj_weight": (96, 32),
+        f"{block}.attn.in_proj_bias": (96,),
+        f"{block}.attn.out_proj.weight": (32, 32),
+        f"{block}.mlp.c_fc.weight": (64, 32),
+        f"{block}.mlp.c_fc.bias": (64,),
+        f"{block}.mlp.c_proj.weight": (32, 64),
+    }
+    small = ["attn.out_proj.bias", "mlp.c_proj.bias", "ls_1.gamma", "ls_2.gamma"]
+    small += [f"ln_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    return shapes | {f"{block}.{name}": (32,) for name in small}
+
+
+@pytest.fixture
+def step_model() -> Callable[..., tuple[dict[str, Any], dict[str, tuple[int, ...]]]]:
+    """Factory: config.json and tensor shapes of a small model, with entries of text_config replaced."""
+
+    def model(**text: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+        config = step_config(**text)
+        return config, step_tensors(config)
+
+    return model
 
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
-    """Factory: writes a bf16 checkpoint in two shards and a file of KV scales; ``replace`` swaps values by name."""
+    """Factory: writes a bf16 checkpoint in two shards and a file of KV scales.
+
+    ``replace`` swaps values by name, ``drop`` leaves out the tensors it matches, ``text`` replaces config entries.
+    """
 
     def make(
         name: str = "bf16",
         shapes: dict[str, tuple[int, ...]] | None = None,
         replace: dict[str, np.ndarray] | None = None,
+        drop: str = "nothing",
+        **text: Any,
     ) -> Path:
+        config = step_config(**text)
         folder = tmp_path / name
         folder.mkdir()
         random = np.random.default_rng(0)
         entries: dict[str, tuple[str, list[int], bytes]] = {}
-        for tensor, shape in (shapes or step_tensors()).items():
+        for tensor, shape in (shapes or step_tensors(config)).items():
             values = (replace or {}).get(tensor)
             if values is None:
                 values = random.standard_normal(shape, dtype=np.float32) * np.float32(0.05)
             entries[tensor] = ("BF16", list(values.shape), bfloat16_bytes(values))
+        entries = {name: entry for name, entry in entries.items() if not re.search(drop, name)}
         names = list(entries)
         kv_names = [f"model.layers.{i}.self_attn.{p}_proj.{p}_scale" for i in range(LAYERS + MTP) for p in "kv"]
+        kv_names = [kv_name for kv_name in kv_names if not re.search(drop, kv_name)]
         for i, kv_name in enumerate(kv_names):
             data = np.asarray([0.01 * (i + 1)], dtype="<f4").tobytes()
             entries[kv_name] = ("F32", [1], data)
         files = {
             "model-00001-of-00002.safetensors": names[::2],
             "model-00002-of-00002.safetensors": names[1::2],
-            "model-kvscales.safetensors": kv_names,
+            **({"model-kvscales.safetensors": kv_names} if kv_names else {}),
         }
         for file_name, members in files.items():
             write_safetensors(folder / file_name, {n: entries[n] for n in members})
         weight_map = {n: file_name for file_name, members in files.items() for n in members}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        (folder / "config.json").write_text(json.dumps(step_config()))
+        (folder / "config.json").write_text(json.dumps(config))
         (folder / "tokenizer.json").write_text('{"made": "up"}')
         (folder / "chat_template.jinja").write_text("{{ messages }}")
         (folder / "tiny_report.json").write_text("{}")

@@ -20,7 +20,8 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "tiny" in done.stdout
-    assert "65 bad checkpoint or data" in done.stdout
+    for code in (1, 2, 5, 65, 66, 73, 78, 130):
+        assert f"  {code} " in done.stdout
 
 
 def test_missing_extra_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +62,50 @@ def test_output_without_permission(
     assert "Permission denied" in capsys.readouterr().err
 
 
+# A run that gets Ctrl-C's signal when a good part of the output is written.
+INTERRUPTED_RUN = """
+import os, signal, sys
+from step128_checkpoint import shards
+from step128_checkpoint.cli import main
+real, left = os.pwrite, [30]
+def count(*arguments):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments)
+shards.os.pwrite = count
+sys.exit(main(["quantize", sys.argv[1], sys.argv[2], "--jobs", "2"]))
+"""
+
+
+def test_control_c_is_one_line_and_130(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_RUN, str(make_checkpoint()), str(tmp_path / "out")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "step128-checkpoint: interrupted; run the same command again and it resumes\n"
+    assert (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["[/y]", "[bold]x"])
+def test_names_that_look_like_markup(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_checkpoint(), tmp_path / name
+    assert main(["quantize", str(source), str(out), "--dry-run"]) == 0
+    assert name in capsys.readouterr().out.replace("\n", "")
+    assert main(["quantize", str(source), str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out / "[/nothing]")]) == 66
+
+
+def test_importance_that_is_a_folder(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(make_checkpoint()), str(tmp_path / "out"), "--importance", str(tmp_path)]
+    assert main(command) == 65
+    assert f"{tmp_path}: not a file" in capsys.readouterr().err
+
+
 def test_wrong_usage_is_2(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["quantize", str(tmp_path), str(tmp_path / "out"), "--jobs", "0"])
@@ -80,7 +125,7 @@ def test_interrupt_keeps_the_work(
     with monkeypatch.context() as patched:
         patched.setattr("step128_checkpoint.conversion.write_synced", interrupt)
         assert main(["quantize", str(source), str(out)]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1].endswith("interrupted; run the same command again and it resumes")
     assert not out.exists()
     assert main(["quantize", str(source), str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,9 +172,9 @@ def test_bad_weights_name_the_tensor_and_leave_nothing(
 def test_columns_not_a_multiple_of_16(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = make_checkpoint(replace={"lm_head.weight": np.ones((96, 40), np.float32)})
+    source = make_checkpoint(share_expert_dim=24)
     assert run("quantize", source, tmp_path / "nl4") == 65
-    assert "tensor lm_head.weight has shape [96, 40]: its last dimension, 40" in capsys.readouterr().err
+    assert "share_expert.down_proj.weight has shape [64, 24]: its last dimension, 24" in capsys.readouterr().err
     assert run("quantize", source, tmp_path / "nl4", "--policy", "experts") == 0
 
 
@@ -188,21 +189,7 @@ def test_quantized_input_and_foreign_names_are_refused(
     assert "is not quantized" in capsys.readouterr().err
     names = {"model.embed_tokens.weight": (32, 64), "decoder.0.experts.weight": (4, 32, 64)}
     assert run("quantize", make_checkpoint("foreign", names), tmp_path / "twice") == 65
-    assert "no tensor of component" in capsys.readouterr().err
-
-
-def test_config_that_cannot_be_read(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = make_checkpoint()
-    config = json.loads((source / "config.json").read_text())
-    for key, value in (("moe_layers_enum", "1,two"), ("moe_layers_enum", 3), ("num_hidden_layers", None)):
-        (source / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | {key: value}}))
-        assert run("quantize", source, tmp_path / "nl4") == 65
-        assert f"config.json: {key} is" in capsys.readouterr().err
-    (source / "config.json").write_text("{")
-    assert run("quantize", source, tmp_path / "nl4") == 65
-    assert "not valid JSON" in capsys.readouterr().err
+    assert "the tensors' names show" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing_and_gives_sizes(
@@ -219,31 +206,6 @@ def test_dry_run_writes_nothing_and_gives_sizes(
     assert experts["bits_per_weight"] == 5.0
 
 
-def test_inspect(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("quantize", make_checkpoint(), tmp_path / "nl4") == 0
-    capsys.readouterr()
-    assert run("inspect", tmp_path / "nl4", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["policy"] == "all-linears"
-    assert found["problems"] == []
-    assert found["kv_scales"]["layers"] == 4
-    assert found["kv_scales"]["k_min"] == pytest.approx(0.01)
-    assert found["components"][-1]["component"] == "total"
-    assert run("inspect", tmp_path / "nl4") == 0
-    assert "routed_experts" in capsys.readouterr().out
-
-
-def test_inspect_reports_problems(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("quantize", make_checkpoint(), tmp_path / "nl4") == 0
-    for path in tmp_path.glob("nl4/*"):
-        if path.suffix in (".safetensors", ".json"):  # same length, so that the headers stay valid
-            path.write_bytes(path.read_bytes().replace(b"lm_head.weight_scale", b"lm_head.weight_scald"))
-    assert run("inspect", tmp_path / "nl4") == 65
-    assert "lm_head.weight_packed has no scale" in capsys.readouterr().out.replace("\n", " ")
-
-
 # Peak resident memory of a process that quantizes and carries tensors far larger than its bound.
 MEASURED_RUN = """
 import re, sys
@@ -258,19 +220,20 @@ print((peak_kib() - base) * 1024)
 """
 
 
-def test_memory_is_bounded_by_pieces(tmp_path: Path) -> None:
-    """400 MB: one carried tensor of 360 MB and one 3-D weight of 40 MB."""
+def test_memory_is_bounded_by_pieces(tmp_path: Path, step_model: Callable[..., Any]) -> None:
+    """400 MB: two carried tensors of 180 MB each and three 3-D weights of 14 MB."""
     source = tmp_path / "big"
     source.mkdir()
-    text = {"num_hidden_layers": 1, "moe_layers_enum": "0"}
-    (source / "config.json").write_text(json.dumps(text))
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (44000, 4096),
-        "lm_head.weight": (16, 16),
-        "model.layers.0.moe.gate_proj.weight": (8, 640, 4096),
-        "model.layers.0.share_expert.gate_proj.weight": (16, 16),
-        "model.layers.0.self_attn.q_proj.weight": (16, 16),
-    }
+    config, shapes = step_model(
+        num_hidden_layers=1,
+        num_nextn_predict_layers=0,
+        moe_layers_enum="0",
+        vocab_size=22000,
+        hidden_size=4096,
+        moe_num_experts=8,
+        moe_intermediate_size=208,
+    )
+    (source / "config.json").write_text(json.dumps(config))
     header: dict[str, object] = {}
     end = 0
     for name, shape in shapes.items():

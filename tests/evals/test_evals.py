@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +101,9 @@ def test_server_without_metrics_can_pass(fake_server: Any, capsys: pytest.Captur
             ("get_weather", ['{"city": "Oslo"}']),
             "asked for the weather in 'Oslo', which the question does not name",
         ),
+        (WEATHER_CALL, ("get_weather", ['{"city": "is"}']), "asked for the weather in 'is'"),
+        (WEATHER_CALL, ("get_weather", ['{"city": "Pari"}']), "asked for the weather in 'Pari'"),
+        (WEATHER_CALL, ("get_weather", ['{"city": "?!"}']), "asked for the weather in '?!'"),
         (3, ("get_weather", ['{"city": "Paris"}']), "no answer, but a call of 'get_weather'"),
     ],
 )
@@ -130,24 +132,17 @@ def test_stream_that_breaks_off(fake_server: Any, capsys: pytest.CaptureFixture[
     assert "no answer from" in json.loads(capsys.readouterr().out)["error"]
 
 
-@pytest.mark.parametrize("command", ["smoke", "ppl", "acceptance"])
-def test_wrong_key(fake_server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    text = tmp_path / "text"
-    text.write_text("some text")
-    options = [] if command == "smoke" else ["--text", str(text)]
-    (tmp_path / "key").write_text("wrong\n")
-    assert run(fake_server, command, "--api-key-file", str(tmp_path / "key"), *options) == 5
-    assert "refuses the API key (status 401)" in capsys.readouterr().err
-    (tmp_path / "key").write_text("secret\n")
-    assert run(fake_server, command, "--api-key-file", str(tmp_path / "key"), *options) != 5
+def test_unexpected_group_of_errors_is_reported(
+    fake_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail(*_: object) -> float:
+        raise OverflowError("odd")
 
-
-def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    assert main(["smoke", "--base-url", url]) == 69
-    assert f"no answer from {url}" in capsys.readouterr().err
+    (tmp_path / "text").write_text("a" * 30)
+    monkeypatch.setattr("step128_evals.perplexity.chunk_nll", fail)
+    options = ["--text", str(tmp_path / "text"), "--context-tokens", "9", "--json"]
+    assert run(fake_server, "ppl", *options) == 1
+    assert "internal error" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_model_that_is_not_served(fake_server: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 Usage: fake_vllm.py SPEC, a JSON file with port, mode, reports (file name -> document), metrics and model.
 Modes: ok, die (at the start), refuse (the plugin's complaint), oom, never (no /health), die_later, stubborn (ignores
-SIGTERM), late_port (address in use). In every mode a child process is left running; its id is in SPEC's `child_file`.
+SIGTERM), late_port (address in use), sick (no /health once it was verified), die_talking (dies later, after lines that
+would mean something else during the start). In every mode a child process is left running; its id is in the file that
+SPEC names `child_file`.
 """
 
 import json
@@ -39,6 +41,9 @@ for name, document in spec["reports"].items():
     (Path(os.environ["STEP128_LOAD_REPORT_DIR"]) / name).write_text(json.dumps(document))
 
 
+verified = threading.Event()
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         bodies = {
@@ -47,10 +52,13 @@ class Handler(BaseHTTPRequestHandler):
             "/v1/models": json.dumps({"data": [spec["model"]]}),
         }
         allowed = self.headers["Authorization"] == f"Bearer {os.environ['VLLM_API_KEY']}"
-        ready = mode != "never" and (allowed or self.path != "/v1/models")
+        sick = mode == "sick" and self.path == "/health" and verified.is_set()
+        ready = mode != "never" and not sick and (allowed or self.path != "/v1/models")
         self.send_response(200 if self.path in bodies and ready else 503)
         self.end_headers()
         self.wfile.write(bodies.get(self.path, "").encode())
+        if self.path == "/v1/models":
+            verified.set()
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -64,8 +72,11 @@ def on_term(number: int, frame: object) -> None:
 signal.signal(signal.SIGTERM, on_term)
 server = ThreadingHTTPServer(("127.0.0.1", spec["port"]), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-if mode == "die_later":
-    time.sleep(0.6)
+if mode in ("die_later", "die_talking"):
+    verified.wait()
+    time.sleep(0.5)
+    if mode == "die_talking":
+        print("ValueError: step128: bad tensor\n[Errno 98] Address already in use", flush=True)
     print("ValueError: broken in mid-flight", flush=True)
     os._exit(3)
 while True:

@@ -1,7 +1,6 @@
 """The exact argv and environment, the API key, and the command line."""
 
 import asyncio
-import json
 import stat
 import sys
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from step128_launcher import cli
 from step128_launcher.api_key import find_api_key
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_argv, server_environment
@@ -20,6 +18,7 @@ from step128_launcher.hardware import Hardware
 from step128_launcher.middleware import RequireApiKey
 from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
+from step128_launcher.preflight import check_port_free
 from step128_launcher.profiles import Profile
 
 SERVER = Server(Path("/models/m"), "m", "127.0.0.1", 8000, Path("/state/load-reports"), 20)
@@ -35,7 +34,7 @@ def test_argv(plan: Plan) -> None:
         --dtype bfloat16 --max-model-len 4096 --block-size 128 --kv-cache-dtype fp8
         --kv-cache-memory-bytes {plan.kv_cache_memory_bytes} --max-num-seqs 8 --max-num-batched-tokens 1024
         --tensor-parallel-size 1 --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
-        --shutdown-timeout 20 --disable-fastapi-docs
+        --shutdown-timeout 20 --mm-processor-cache-gb 0.25 --disable-uvicorn-access-log --disable-fastapi-docs
         --middleware step128_launcher.middleware.RequireApiKey --speculative-config""".split()
     wanted += ['{"method": "mtp", "num_speculative_tokens": 3}', "--enforce-eager"]
     assert server_argv(plan, SERVER) == (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *wanted)
@@ -47,7 +46,6 @@ def test_argv_without_mtp_and_eager(plan: Plan) -> None:
 
 
 def test_vllm_knows_every_flag(plan: Plan) -> None:
-    pytest.importorskip("vllm")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -56,6 +54,28 @@ def test_vllm_knows_every_flag(plan: Plan) -> None:
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
     assert parsed.kv_cache_memory_bytes == plan.kv_cache_memory_bytes
     assert parsed.shutdown_timeout == 20 and parsed.api_key is None
+    assert parsed.mm_processor_cache_gb * 2**30 == plan.mm_processor_cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("localhost", "http://localhost:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_where_the_server_is_asked(host: str, url: str) -> None:
+    assert replace(SERVER, host=host).base_url == url
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "203.0.113.1"])
+def test_hosts_that_are_not_ours(host: str) -> None:
+    with pytest.raises(LauncherError) as caught:
+        check_port_free(host, 8000)
+    assert caught.value.exit_code == ExitCode.BAD_CONFIGURATION
 
 
 def test_environment(plan: Plan) -> None:
@@ -101,98 +121,23 @@ def test_where_a_key_comes_from(tmp_path: Path) -> None:
 
 def test_keys_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "two lines").write_text("one\ntwo\n")
     cases = [
         (tmp_path / "none", {}, ExitCode.INPUT_NOT_FOUND),
         (tmp_path / "empty", {}, ExitCode.BAD_CONFIGURATION),
         (None, {"VLLM_API_KEY": " "}, ExitCode.BAD_CONFIGURATION),
+        (tmp_path, {}, ExitCode.BAD_CONFIGURATION),
+        (tmp_path / "binary", {}, ExitCode.BAD_CONFIGURATION),
+        (tmp_path / "two lines", {}, ExitCode.BAD_CONFIGURATION),
+        (None, {"STEP128_API_KEY": "schlüssel"}, ExitCode.BAD_CONFIGURATION),
+        (None, {"STEP128_API_KEY": "tab\tin it"}, ExitCode.BAD_CONFIGURATION),
+        (None, {"VLLM_API_KEY": "not utf-8: \udcff"}, ExitCode.BAD_CONFIGURATION),
     ]
     for key_file, environment, code in cases:
         with pytest.raises(LauncherError) as caught:
             find_api_key(key_file, environment, tmp_path)
         assert caught.value.exit_code == code
-
-
-def test_plan_json(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    model = make_checkpoint()
-    assert cli.main(["plan", str(model), "--profile", "cpu", "--memory", "4GiB", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert (document["schema"], document["result"]) == (1, "fits")
-    assert document["settings"]["num_speculative_tokens"] == 3
-    assert document["argv"][document["argv"].index("--model") + 1] == str(model)
-    assert sum(line["bytes"] for line in document["memory"]["lines"]) == document["memory"]["total_bytes"]
-    assert {line["evidence"] for line in document["memory"]["lines"]} == {"computed", "vLLM's code", "assumed"}
-
-
-def test_plan_that_does_not_fit(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", str(make_checkpoint()), "--profile", "cpu", "--memory", "1GiB"]
-    assert cli.main(arguments) == ExitCode.DOES_NOT_FIT
-    output = capsys.readouterr()
-    assert output.out == "" and "does not fit" in output.err and "KV cache" in output.err and "Try:" in output.err
-    assert cli.main([*arguments, "--json"]) == ExitCode.DOES_NOT_FIT
-    assert json.loads(capsys.readouterr().out)["result"] == "does not fit"
-
-
-def test_plan_for_people(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", str(make_checkpoint()), "--profile", "cpu", "--memory", "4GiB"]) == 0
-    text = capsys.readouterr().out
-    for part in ("weights: routed_experts", "KV cache", "RESULT   fits: context 4096, MTP 3, KV fp8", "budget"):
-        assert part in text
-
-
-def test_dry_run_shows_the_command_without_the_key(
-    make_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("STEP128_API_KEY", "very-secret")
-    state = tmp_path / "state"
-    arguments = ["serve", str(make_checkpoint()), "--profile", "cpu", "--memory", "4GiB", "--state-dir", str(state)]
-    assert cli.main([*arguments, "--dry-run"]) == 0
-    output = capsys.readouterr().out
-    assert "vllm.entrypoints.openai.api_server" in output and "VLLM_API_KEY=(redacted)" in output
-    assert "very-secret" not in output and not state.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["plan", "/nowhere", "--profile", "cpu"], ExitCode.INPUT_NOT_FOUND),
-        (["plan", "/nowhere", "--profile", "tpu"], ExitCode.BAD_CONFIGURATION),
-    ],
-)
-def test_errors_are_for_people(arguments: list[str], code: ExitCode, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments) == code
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "Traceback" not in error
-
-
-@pytest.mark.parametrize("arguments", [[], ["plan"], ["plan", "m", "--memory", "4"], ["serve", "m", "--port", "0"]])
-def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == ExitCode.USAGE
-    assert "usage:" in capsys.readouterr().err
-
-
-def test_profiles(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["profiles"]) == 0
-    assert capsys.readouterr().out.startswith("cpu ")
-    assert cli.main(["profiles", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["profiles"][0]["name"] == "cpu"
-
-
-def test_auto_profile_on_a_gpu_machine(
-    make_checkpoint: Callable[..., Path],
-    make_machine: Callable[..., Hardware],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(cli, "probe", lambda: replace(make_machine(), has_amd_gpu=True))
-    model = str(make_checkpoint())
-    assert cli.main(["plan", model]) == ExitCode.UNSUPPORTED_HARDWARE
-    assert "--profile cpu" in capsys.readouterr().err
-    assert cli.main(["plan", model, "--profile", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(

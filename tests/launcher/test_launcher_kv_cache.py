@@ -1,14 +1,16 @@
 """The closed KV-cache formulas against vLLM's own functions."""
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from step128_launcher.kv_cache import KvShape, longest_context, predict
+from step128_launcher.kv_cache import KvShape, kv_shape, longest_context, predict
+from step128_launcher.model_config import FULL_ATTENTION
 
 CASES = [
-    # (full, sliding, window, drafted tokens with >1 MTP module, bytes/element, block, max_num_batched_tokens, context)
+    # (full, sliding, window, drafted tokens of 3 MTP layers, bytes/element, block, max_num_batched_tokens, context)
     (1, 3, 64, 0, 2, 128, 1024, 4096),
     (1, 6, 64, 3, 1, 128, 1024, 4096),
     (1, 6, 64, 2, 4, 32, 64, 1000),
@@ -22,6 +24,48 @@ CASES = [
 ]
 
 
+def retained(mtp_layers: int, drafted: int) -> int:
+    """What our own rule makes of it."""
+    config: Any = SimpleNamespace(
+        num_hidden_layers=1,
+        layer_types=(FULL_ATTENTION,) * (1 + mtp_layers),
+        num_kv_heads=2,
+        head_dim=64,
+        sliding_window=64,
+    )
+    shape = kv_shape(
+        config,
+        mtp_layers=mtp_layers,
+        num_speculative_tokens=drafted,
+        tensor_parallel_size=1,
+        bytes_per_element=2,
+        block_size_tokens=32,
+        max_num_batched_tokens=64,
+        concurrent_batches=1,
+    )
+    return shape.retained_tokens
+
+
+def vllm_lookahead(mtp_layers: int, drafted: int) -> int:
+    """VllmConfig.num_prefill_lookahead_tokens for such a model, by vLLM's own code."""
+    from vllm.config import SpeculativeConfig, VllmConfig
+
+    speculative = None
+    if drafted:
+        speculative = SpeculativeConfig.__new__(SpeculativeConfig)
+        speculative.method = "mtp"
+        speculative.num_speculative_tokens = drafted
+        speculative.draft_model_config = SimpleNamespace(hf_config=SimpleNamespace(num_nextn_predict_layers=mtp_layers))
+    config = VllmConfig.__new__(VllmConfig)
+    config.speculative_config, config.diffusion_config = speculative, None
+    return int(config.num_prefill_lookahead_tokens)
+
+
+@pytest.mark.parametrize(("mtp_layers", "drafted"), [(3, 0), (3, 1), (3, 2), (3, 3), (1, 1), (1, 3), (2, 3)])
+def test_retained_tokens_equal_vllm(mtp_layers: int, drafted: int, vllm_modules: tuple[Any, Any, Any]) -> None:
+    assert retained(mtp_layers, drafted) == max(0, vllm_lookahead(mtp_layers, drafted) - 1)
+
+
 def shape_of(case: tuple[int, ...], batches: int) -> KvShape:
     full, sliding, window, drafted, element, block, batched, _ = case
     return KvShape(
@@ -33,7 +77,7 @@ def shape_of(case: tuple[int, ...], batches: int) -> KvShape:
         bytes_per_element=element,
         block_size_tokens=block,
         max_num_batched_tokens=batched,
-        retained_tokens=max(0, drafted - 1),
+        retained_tokens=retained(mtp_layers=3, drafted=drafted),
         concurrent_batches=batches,
     )
 
@@ -41,7 +85,6 @@ def shape_of(case: tuple[int, ...], batches: int) -> KvShape:
 @pytest.fixture(scope="module")
 def vllm_modules() -> tuple[Any, Any, Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    pytest.importorskip("vllm")
     import torch
     from vllm.v1 import kv_cache_interface
     from vllm.v1.core import kv_cache_utils
@@ -53,11 +96,9 @@ class FakeVllmConfig:
     """The few settings that vLLM's KV-cache planning reads (a real VllmConfig needs a model on disk)."""
 
     def __init__(self, case: tuple[int, ...], batches: int) -> None:
-        from types import SimpleNamespace
-
         context, drafted = case[7], case[3]
         self.max_in_flight_tokens = batches * case[6]
-        self.num_prefill_lookahead_tokens = drafted
+        self.num_prefill_lookahead_tokens = vllm_lookahead(mtp_layers=3, drafted=drafted)
         self.model_config = SimpleNamespace(max_model_len=context, original_max_model_len=context)
         self.cache_config = SimpleNamespace(
             num_gpu_blocks_override=None,

@@ -14,7 +14,7 @@ from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
 from step128_launcher.verify import Observation, Outcome, verify
-from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail
+from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail, remedy
 
 
 @pytest.fixture
@@ -29,7 +29,13 @@ def metrics(plan: Plan, **changes: Any) -> str:
         "kv_cache_size_tokens": plan.prediction.kv_cache_size_tokens,
     } | changes
     text = ",".join(f'{name}="{value}"' for name, value in labels.items())
-    return f"# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{{text}}} 1.0\n"
+    positions = "".join(
+        f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{position}"}} 0.0\n'
+        for position in range(plan.num_speculative_tokens)
+    )
+    if positions:
+        positions = f"# TYPE vllm:spec_decode_num_accepted_tokens_per_pos counter\n{positions}"
+    return f"# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{{text}}} 1.0\n{positions}"
 
 
 @pytest.fixture
@@ -81,7 +87,13 @@ CASES: dict[str, tuple[Change, str, Outcome, str]] = {
         lambda seen, plan: replace(seen, reports=seen.reports[:1]),
         "mtp",
         Outcome.FAIL,
-        "depth 3 planned",
+        "depth 3 planned, 3 in effect, draft load reports of ranks []",
+    ),
+    "shallower draft": (
+        lambda seen, plan: replace(seen, metrics=metrics(replace(plan, num_speculative_tokens=1))),
+        "mtp",
+        Outcome.FAIL,
+        "depth 3 planned, 1 in effect",
     ),
     "other plugin version": (_draft(plugin_version="0.0.9"), "plugin_version", Outcome.FAIL, "0.0.9"),
     "not quantized": (_target(quant_method=None), "quantization", Outcome.FAIL, "nl4"),
@@ -152,7 +164,24 @@ def test_draft_must_be_absent_when_mtp_is_off(plan: Plan, footprint: ModelFootpr
     assert found["mtp"].outcome is Outcome.FAIL
     alone = replace(good, reports=good.reports[:1])
     found = {check.name: check for check in verify(off, footprint, "m", alone)}
+    assert found["mtp"].outcome is Outcome.FAIL and "0 planned, 3 in effect" in found["mtp"].detail
+    alone = replace(alone, metrics=metrics(off))
+    found = {check.name: check for check in verify(off, footprint, "m", alone)}
     assert found["mtp"].outcome is Outcome.PASS and "kv_scales_mtp" not in found
+
+
+@pytest.mark.parametrize(
+    ("in_effect", "outcome"), [(1.0, Outcome.PASS), (1.0000001, Outcome.FAIL), (0.07, Outcome.FAIL)]
+)
+def test_mtp_layers_without_scales_must_be_at_one(
+    in_effect: float, outcome: Outcome, plan: Plan, footprint: ModelFootprint, good: Observation
+) -> None:
+    trunk = {layer: pair for layer, pair in (footprint.kv_scales or {}).items() if layer < 4}
+    seen = _draft(kv_scales=dict.fromkeys(range(4, 7), (in_effect, 1.0)))(good, plan)
+    checks = verify(plan, replace(footprint, kv_scales=trunk), "m", seen)
+    found = {check.name: check for check in checks}
+    assert found["kv_scales"].outcome is Outcome.PASS
+    assert found["kv_scales_mtp"].outcome is outcome, found["kv_scales_mtp"]
 
 
 def test_unreadable_load_reports_are_named(tmp_path: Path) -> None:
@@ -191,6 +220,18 @@ def test_the_cause_is_not_the_consequence(tmp_path: Path) -> None:
 )
 def test_the_plugins_complaint(line: str) -> None:
     assert plugin_error(["INFO something about step128: no complaint", line]) == "bad tensor"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: operator torchvision::nms does not exist",
+        "OSError: libc10_cuda.so: cannot open shared object file: No such file or directory",
+    ],
+)
+def test_known_causes_have_a_remedy(line: str) -> None:
+    assert "python -m step128_kernels.cpu_environment" in str(remedy(["other", line]))
+    assert remedy(["other"]) is None
 
 
 def test_phases() -> None:

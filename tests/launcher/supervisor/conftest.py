@@ -1,0 +1,144 @@
+"""A supervisor over the scripted server of fake_vllm.py."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from step128_launcher.checkpoint import ModelFootprint
+from step128_launcher.command import Server, server_environment
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.hardware import Hardware
+from step128_launcher.plan import Limits
+from step128_launcher.planner import make_plan
+from step128_launcher.profiles import Profile
+from step128_launcher.progress import Progress
+from step128_launcher.serve import Job, Supervisor
+from step128_launcher.status import ServerStatus, State
+
+FAKE = Path(__file__).parents[1] / "fake_vllm.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def accepted_per_position(depth: int) -> str:
+    """vLLM's counters of accepted drafts: there from the start, one for each position."""
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+    lines = [f'{name}_total{{engine="0",position="{position}"}} 0.0\n' for position in range(depth)]
+    return "".join([f"# TYPE {name} counter\n", *lines]) if depth else ""
+
+
+class Bench:
+    """One job over the scripted server, and what became of its processes."""
+
+    free_port = staticmethod(free_port)
+    wait_for = staticmethod(wait_for)
+
+    def __init__(self, job: Job, spec: dict[str, Any], tmp_path: Path) -> None:
+        self.job, self.spec, self.status = job, spec, ServerStatus()
+        self.spec_file = tmp_path / "spec.json"
+        self.output = (tmp_path / "progress.txt").open("w+")
+
+    def run(self, mode: str = "ok", signals: tuple[int, ...] = (), **changes: Any) -> ExitCode:
+        self.spec_file.write_text(json.dumps(self.spec | {"mode": mode}))
+        job = replace(self.job, **changes)
+        supervisor = Supervisor(job, self.status, Progress(Console(file=self.output, width=200)))
+        if signals:
+            threading.Thread(target=self._signal_when_ready, args=(signals,), daemon=True).start()
+        return supervisor.run()
+
+    def _signal_when_ready(self, signals: tuple[int, ...]) -> None:
+        deadline = time.monotonic() + 20
+        while self.status.snapshot().state is not State.READY and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number in signals:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+
+    def fail(self, mode: str, **changes: Any) -> LauncherError:
+        with pytest.raises(LauncherError) as caught:
+            self.run(mode, **changes)
+        assert self.status.snapshot().state is State.FAILED
+        self.assert_nothing_left()
+        return caught.value
+
+    def assert_nothing_left(self) -> None:
+        child = Path(self.spec["child_file"])
+        if child.exists():
+            assert not Path(f"/proc/{child.read_text()}").exists()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", self.job.server.port)) != 0
+
+    def text(self) -> str:
+        self.output.flush()
+        return Path(self.output.name).read_text()
+
+
+@pytest.fixture
+def bench(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: Callable[..., Hardware], tmp_path: Path
+) -> Bench:
+    plan = make_plan(make_machine(cpus=2), footprint, cpu_profile, Limits())
+    state = tmp_path / "state"
+    server = Server(footprint.path, "tiny", "127.0.0.1", free_port(), state / "load-reports", 1)
+    argv = (sys.executable, str(FAKE), str(tmp_path / "spec.json"))
+    environment = server_environment(os.environ, plan, server, "k")
+    job = Job(plan, footprint, server, "k", argv, environment, state, start_timeout_seconds=20.0)
+    scales = {str(layer): {"k": pair.k, "v": pair.v} for layer, pair in (footprint.kv_scales or {}).items()}
+    parts = footprint.components
+    labels = {
+        "cache_dtype": "fp8",
+        "num_gpu_blocks": plan.prediction.num_gpu_blocks,
+        "kv_cache_size_tokens": plan.prediction.kv_cache_size_tokens,
+    }
+    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    report = {
+        "schema": 1,
+        "plugin_version": "0.1.0",
+        "rank": 0,
+        "quant_method": "nl4",
+        "policy": "all-linears",
+        "weight_path": "torch",
+        "kv_cache_dtype": "fp8",
+        "kv_scales": scales,
+        "load_seconds": 1.0,
+    }
+    spec = {
+        "port": server.port,
+        "child_file": str(tmp_path / "child"),
+        "metrics": f"# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{{text}}} 1.0\n"
+        + accepted_per_position(plan.num_speculative_tokens),
+        "model": {"id": "tiny", "max_model_len": plan.max_model_len},
+        "reports": {
+            f"{role}-rank0.json": report
+            | {
+                "role": role,
+                "quantized_modules": {
+                    part.name: 2 for part in parts if part.quantized and part.draft == (role == "draft")
+                },
+            }
+            for role in ("target", "draft")
+        },
+    }
+    return Bench(job, spec, tmp_path)
