@@ -5,11 +5,12 @@ What they print goes into LOG.md, with the date.
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launched import launch
+from launched import alive, descendants, launch
 
 # Every policy with both dtypes; ranks, MTP depth and compilation spread over them. Two ranks run eagerly: compiling
 # them on two cores takes minutes.
@@ -51,6 +52,18 @@ def test_served_and_answering(
         f"\n{policy}, {dtype}, {ranks} ranks, MTP {depth}, {'compiled' if compiled else 'eager'}: {len(checks)} checks"
     )
     print(json.dumps(report["acceptance"]))
+
+
+@pytest.mark.proof
+def test_a_killed_launcher_takes_its_server_with_it(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    with launch(quantized(), tmp_path) as server:
+        children = descendants(server.process.pid)
+        assert len(children) >= 2
+        server.process.kill()
+        deadline = time.monotonic() + 60
+        while alive(children) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not alive(children)
 
 
 @pytest.mark.proof

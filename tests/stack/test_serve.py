@@ -8,22 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launched import Server, launch
-
-
-def descendants(pid: int) -> set[int]:
-    """Processes below one, by /proc."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we were looking
-        parents[int(stat.parent.name)] = int(fields[1])
-    found: set[int] = set()
-    while more := {child for child, parent in parents.items() if parent in {pid, *found}} - found:
-        found |= more
-    return found
+from launched import Server, alive, descendants, launch
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +89,7 @@ def test_sigterm_ends_it_cleanly(server: Server) -> None:  # the last one: it en
     assert len(children) >= 2
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=60) == 0, server.log.read_text()
-    alive = {pid for pid in children if Path(f"/proc/{pid}").exists() and not _is_zombie(pid)}
-    assert not alive
+    assert not alive(children)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=2)
     assert json.loads((server.state / "status.json").read_text())["state"] == "stopped"
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
