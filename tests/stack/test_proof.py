@@ -4,6 +4,8 @@ What they print goes into LOG.md, with the date.
 """
 
 import json
+import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launched import alive, descendants, launch
+from safetensors.torch import load_file, save_file
 
 # Every policy with both dtypes; ranks, MTP depth and compilation spread over them. Two ranks run eagerly: compiling
 # them on two cores takes minutes.
@@ -64,6 +67,28 @@ def test_a_killed_launcher_takes_its_server_with_it(quantized: Callable[..., Pat
         while alive(children) and time.monotonic() < deadline:
             time.sleep(0.5)
         assert not alive(children)
+
+
+@pytest.mark.proof
+def test_scales_for_the_trunk_only_as_in_the_published_checkpoint(
+    tiny: Path, cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    published = tmp_path / "published"
+    shutil.copytree(tiny, published)
+    (shard,) = published.glob("*.safetensors")
+    draft_scale = re.compile(r"model\.layers\.(9|10|11)\.self_attn\.[kv]_proj\.[kv]_scale")
+    tensors = {name: tensor for name, tensor in load_file(shard).items() if not draft_scale.fullmatch(name)}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index_path = published / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in tensors}
+    index_path.write_text(json.dumps(index))
+    result = cli("step128-checkpoint", "quantize", published, tmp_path / "nl4")
+    assert result.returncode == 0, result.stderr
+    with launch(tmp_path / "nl4", tmp_path) as server:
+        assert all(line.startswith("PASS") for line in server.checks()), server.checks()
+        assert any(line.startswith("PASS kv_scales_mtp: ") for line in server.checks())
+        assert "1.0" in server.log.read_text()  # the plan says what the MTP layers' cache uses
 
 
 @pytest.mark.proof
