@@ -67,6 +67,7 @@ INTERRUPTED_RUN = """
 import os, signal, sys
 from step128_checkpoint import shards
 from step128_checkpoint.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 real, left = os.pwrite, [30]
 def count(*arguments):
     left[0] -= 1
