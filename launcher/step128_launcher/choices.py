@@ -2,7 +2,7 @@
 
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.plan import Alternative, Limits
 from step128_launcher.profiles import Profile
 from step128_launcher.sizes import format_bytes

@@ -23,8 +23,9 @@ from step128_launcher.configs_dir import find_configs_dir
 from step128_launcher.errors import INTERRUPTED, ExitCode, LauncherError
 from step128_launcher.exporter import Exporter
 from step128_launcher.files import make_private_folder
-from step128_launcher.hardware import Hardware, probe
+from step128_launcher.hardware import probe
 from step128_launcher.lock import hold_lock
+from step128_launcher.machine.types import Hardware
 from step128_launcher.options import parse
 from step128_launcher.plan import DoesNotFitError, Limits, Plan
 from step128_launcher.plan_json import error_document, plan_document

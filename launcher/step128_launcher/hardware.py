@@ -4,39 +4,11 @@ Sources: proc_meminfo(5), proc_pid_status(5); control groups in cgroup.py.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from step128_launcher.cgroup import read_cgroup, read_text
 from step128_launcher.errors import ExitCode, LauncherError
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One machine as this process may use it.
-
-    `memory_available_bytes` is what can be used now without swapping, within the cgroup's limit. A field is None where
-    the machine sets no such limit.
-    """
-
-    cpu_ids: tuple[int, ...]
-    cpu_quota: float | None
-    memory_total_bytes: int
-    memory_available_bytes: int
-    cgroup_limit_bytes: int | None
-    cgroup_version: int | None
-    has_amd_gpu: bool
-    has_nvidia_gpu: bool
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether a GPU driver's device node is there."""
-        return self.has_amd_gpu or self.has_nvidia_gpu
-
-    @property
-    def usable_cpus(self) -> float:
-        """CPUs this process may keep busy: its affinity, lowered by the cgroup's quota."""
-        return min(float(len(self.cpu_ids)), self.cpu_quota or float("inf"))
+from step128_launcher.machine.types import Hardware
 
 
 def probe(root: Path = Path("/")) -> Hardware:

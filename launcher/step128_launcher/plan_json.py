@@ -17,7 +17,7 @@ from typing import Any
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import UNSET_VARIABLES, Server, environment_changes, server_argv
 from step128_launcher.errors import LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.memory import MemoryPlan
 from step128_launcher.plan import DoesNotFitError, Plan
 

@@ -11,8 +11,8 @@ from step128_launcher.choices import (
     tensor_parallel_size,
     usage_error,
 )
-from step128_launcher.hardware import Hardware
 from step128_launcher.kv_cache import KvShape, kv_shape, longest_context, predict
+from step128_launcher.machine.types import Hardware
 from step128_launcher.memory import DTYPE_BYTES, Load, MemoryLine, MemoryPlan, fixed_lines, kv_line
 from step128_launcher.plan import Alternative, DoesNotFitError, Limits, Plan
 from step128_launcher.profiles import Profile

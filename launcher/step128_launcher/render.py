@@ -10,7 +10,7 @@ from rich.text import Text
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import API_KEY_VARIABLE, UNSET_VARIABLES
 from step128_launcher.errors import LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.memory import MemoryPlan
 from step128_launcher.plan import Plan
 from step128_launcher.sizes import format_bytes

@@ -13,7 +13,7 @@ import pytest
 
 from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.configs_dir import find_configs_dir
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.model_config import read_model_config
 from step128_launcher.profiles import Profile, load_profile
 from step128_launcher.quantization import CODEBOOK, Format, read_format, read_quantization

@@ -15,8 +15,8 @@ import pytest
 from step128_launcher import cli, exporter
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.exporter import Exporter
-from step128_launcher.hardware import Hardware
 from step128_launcher.lock import hold_lock
+from step128_launcher.machine.types import Hardware
 from step128_launcher.status import ServerStatus
 
 MakeCheckpoint = Callable[..., Path]

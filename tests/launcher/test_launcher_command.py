@@ -14,7 +14,7 @@ from step128_launcher.api_key import find_api_key
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_argv, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.middleware import RequireApiKey
 from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.errors import LauncherError
-from step128_launcher.hardware import Hardware
 from step128_launcher.kv_cache import kv_shape
+from step128_launcher.machine.types import Hardware
 from step128_launcher.model_config import read_model_config
 from step128_launcher.plan import DoesNotFitError, Limits, Plan
 from step128_launcher.planner import make_plan

@@ -8,7 +8,7 @@ import pytest
 
 from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.plan import DoesNotFitError, Limits
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile

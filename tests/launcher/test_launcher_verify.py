@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.hardware import Hardware
 from step128_launcher.load_report import LoadReport, read_load_reports
+from step128_launcher.machine.types import Hardware
 from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile

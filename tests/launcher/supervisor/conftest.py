@@ -17,7 +17,7 @@ from rich.console import Console
 from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.hardware import Hardware
+from step128_launcher.machine.types import Hardware
 from step128_launcher.plan import Limits
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
