@@ -7,6 +7,8 @@ cgroup-v1 memory document (memory.limit_in_bytes, memory.usage_in_bytes).
 from dataclasses import dataclass
 from pathlib import Path
 
+from step128_launcher.machine.reader import whole_number
+
 # cgroup v1 has no word for "no limit": it reports the largest multiple of a page, close to 2^63.
 _V1_UNLIMITED_BYTES = 2**60
 
@@ -88,21 +90,22 @@ def _memory(levels: list[Path], limit_name: str, usage_name: str, droppable: str
 
 
 def _number(path: Path) -> int | None:
-    text = (read_text(path) or "").strip()
-    return int(text) if text.isdigit() else None
+    number = whole_number((read_text(path) or "").strip())
+    return number if number is not None and number >= 0 else None
 
 
 def _stat(path: Path, key: str) -> int:
     for line in (read_text(path) or "").splitlines():
         name, _, value = line.partition(" ")
-        if name == key and value.strip().isdigit():
-            return int(value)
+        if name == key:
+            return max(0, whole_number(value.strip()) or 0)
     return 0
 
 
 def _quota_v2(level: Path) -> float | None:
     fields = (read_text(level / "cpu.max") or "").split()
-    return int(fields[0]) / int(fields[1]) if len(fields) == 2 and fields[0].isdigit() else None
+    quota, period = map(whole_number, fields) if len(fields) == 2 else (None, None)
+    return quota / period if quota and period and min(quota, period) > 0 else None
 
 
 def _quota_v1(level: Path) -> float | None:

@@ -1,6 +1,7 @@
 """Plan -> the exact argv and environment of vLLM's API server."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,22 +71,33 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         flags += ["--speculative-config", json.dumps(speculation)]
     if plan.enforce_eager:
         flags.append("--enforce-eager")
+    if plan.attention_backend:
+        flags += ["--attention-backend", plan.attention_backend]
+    if plan.gpu_memory_utilization is not None:
+        flags += ["--gpu-memory-utilization", f"{plan.gpu_memory_utilization:.2f}"]
+    if plan.enable_expert_parallel:
+        flags.append("--enable-expert-parallel")
+    if not plan.vision:
+        # vLLM then loads no vision tower.
+        flags += ["--limit-mm-per-prompt", json.dumps({"image": 0})]
+    flags += plan.arguments
     return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags)
 
 
-def environment_changes(plan: Plan, server: Server) -> dict[str, str]:
+def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what is added to the environment, without the API key.
 
-    PYTHONSAFEPATH: with `-m` the working directory would come first on the import path, and a folder `docker` or
-    `kernels` there would be taken for the package of that name.
+    A variable of the profile that the user has set already (in `base`) stays as it is. PYTHONSAFEPATH: with `-m` the
+    working directory would come first on the import path, and a folder `docker` or `kernels` there would be taken for
+    the package of that name.
     """
-    return {
+    changes = {
         LOAD_REPORT_VARIABLE: str(server.load_report_dir),
-        "VLLM_CPU_OMP_THREADS_BIND": plan.omp_threads_bind,
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
     }
+    return changes | {name: value for name, value in plan.environment if name not in base}
 
 
 def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_key: str) -> dict[str, str]:
@@ -97,7 +109,7 @@ def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_
     """
     check_plugin_allowed(base)
     environment = {name: value for name, value in base.items() if name not in UNSET_VARIABLES}
-    return environment | environment_changes(plan, server) | {API_KEY_VARIABLE: api_key}
+    return environment | environment_changes(plan, server, base) | {API_KEY_VARIABLE: api_key}
 
 
 def check_plugin_allowed(environment: Mapping[str, str]) -> None:

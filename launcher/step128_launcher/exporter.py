@@ -1,92 +1,38 @@
-"""Prometheus metrics beside vLLM's own: the plan, the supervisor's state and the verification."""
+"""The launcher's own port: GET /metrics for Prometheus, GET /health for whoever starts and stops containers."""
 
 import errno
+import json
+import socket
+import threading
 from collections.abc import Iterable
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from step128_launcher.collectors import ServerCollector
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.memory import MemoryPlan
-from step128_launcher.plan import Plan
-from step128_launcher.status import ServerStatus, State
-from step128_launcher.verify import Outcome
+from step128_launcher.status import ServerStatus, Snapshot
 
-# vLLM's own metrics start with "vllm:"; these never collide with them.
-_VERIFICATION_VALUES = {Outcome.PASS: 1.0, Outcome.WARN: 0.5, Outcome.FAIL: 0.0}
-
-
-class PlanCollector(Collector):
-    """Metrics step128_plan_*, step128_server_* and step128_verification, made anew at each scrape."""
-
-    def __init__(self, plan: Plan, status: ServerStatus) -> None:
-        self._plan = plan
-        self._status = status
-
-    def collect(self) -> Iterable[Metric]:
-        """Yield all metric families."""
-        plan = self._plan
-        yield InfoMetricFamily(
-            "step128_plan",
-            "Settings of the plan that are not numbers.",
-            value={"profile": plan.profile, "dtype": plan.dtype, "kv_cache_dtype": plan.kv_cache_dtype},
-        )
-        gauges = {
-            "max_model_len_tokens": ("Longest context.", plan.max_model_len),
-            "num_speculative_tokens": ("Tokens drafted by MTP in a step.", plan.num_speculative_tokens),
-            "tensor_parallel_size": ("Ranks the weights are cut into.", plan.tensor_parallel_size),
-            "max_num_seqs": ("Requests decoded at once.", plan.max_num_seqs),
-            "max_num_batched_tokens": ("Tokens of one scheduler step.", plan.max_num_batched_tokens),
-            "kv_cache_memory_bytes": ("KV cache of one rank.", plan.kv_cache_memory_bytes),
-            "num_gpu_blocks": ("KV-cache blocks, as vLLM should report them.", plan.prediction.num_gpu_blocks),
-            "kv_cache_size_tokens": ("KV-cache capacity, likewise.", plan.prediction.kv_cache_size_tokens),
-            "kv_cache_max_concurrency": ("Full-length requests, likewise.", plan.prediction.kv_cache_max_concurrency),
-        }
-        for name, (description, value) in gauges.items():
-            yield GaugeMetricFamily(f"step128_plan_{name}", description, value=value)
-        yield from _memory(plan.memory)
-        yield from self._server()
-
-    def _server(self) -> Iterable[Metric]:
-        now = self._status.snapshot()
-        states = GaugeMetricFamily("step128_server_state", "1 for the state the server is in.", labels=["state"])
-        for state in State:
-            states.add_metric([state.value], float(state is now.state))
-        yield states
-        description = "1 while the server is ready and answers /health."
-        yield GaugeMetricFamily("step128_server_healthy", description, value=float(now.healthy))
-        if now.start_seconds is not None:
-            description = "Time from the start of vLLM to a verified server."
-            yield GaugeMetricFamily("step128_server_start_seconds", description, value=now.start_seconds)
-        checks = GaugeMetricFamily(
-            "step128_verification", "1 passed, 0.5 differs from the prediction, 0 failed.", labels=["check"]
-        )
-        for check in now.checks:
-            checks.add_metric([check.name], _VERIFICATION_VALUES[check.outcome])
-        yield checks
-
-
-def _memory(memory: MemoryPlan) -> Iterable[Metric]:
-    lines = GaugeMetricFamily(
-        "step128_plan_memory_bytes", "Planned memory by item, over all ranks.", labels=["item", "evidence"]
-    )
-    for line in memory.lines:
-        lines.add_metric([line.name, line.evidence], line.total_bytes)
-    yield lines
-    description = "Memory the plan may use."
-    yield GaugeMetricFamily("step128_plan_memory_budget_bytes", description, value=memory.budget_bytes)
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
 
 class Exporter:
-    """Serves one collector on its own port and registry."""
+    """Serves the status on its own port and registry until it is closed.
 
-    def __init__(self, plan: Plan, status: ServerStatus, host: str, port: int) -> None:
+    It is made before there is a plan, so that what goes wrong while planning can be seen there too.
+    """
+
+    def __init__(self, status: ServerStatus, host: str, port: int) -> None:
+        self._status = status
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(PlanCollector(plan, status))
+        registry.register(ServerCollector(status))
+        self._metrics = make_wsgi_app(registry)
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            server_class = _Server6 if ":" in host else _Server
+            self._server = make_server(host, port, self._answer, server_class, _SilentHandler)
         except OSError as error:
             code = ExitCode.PERMISSION if error.errno == errno.EACCES else ExitCode.PORT_IN_USE
             raise LauncherError(
@@ -94,9 +40,57 @@ class Exporter:
                 f"The metrics port {host}:{port} cannot be opened: {error.strerror}.",
                 "Choose another with --metrics-port, or 0 for none.",
             ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def _answer(self, environment: "WSGIEnvironment", start: "StartResponse") -> Iterable[bytes]:
+        path = environment.get("PATH_INFO")
+        if path == "/metrics":
+            metrics: Iterable[bytes] = self._metrics(environment, start)
+            return metrics
+        if path == "/health":
+            now = self._status.snapshot()
+            body = json.dumps(health_document(now)).encode() + b"\n"
+            start("200 OK" if now.healthy else "503 Service Unavailable", [("Content-Type", "application/json")])
+            return [body]
+        start("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"/metrics or /health\n"]
+
+
+def health_document(now: Snapshot) -> dict[str, str | int]:
+    """Return the body of /health: the state, and after a failure why, what to do, and the exit code it stands for."""
+    if now.failure is not None:
+        failure = now.failure
+        return {
+            "state": now.state.value,
+            "reason": failure.reason,
+            "hint": failure.hint,
+            "exit_code": failure.exit_code,
+        }
+    if now.failed_probes:
+        activity = f"; it is {now.hung.meaning}" if now.hung else ""
+        return {"state": now.state.value, "reason": f"vLLM missed {now.failed_probes} health checks{activity}"}
+    return {"state": now.state.value}
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a request, so that one that stays open holds up none."""
+
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _SilentHandler(WSGIRequestHandler):
+    timeout = 10.0  # seconds; a client that sends nothing does not keep its thread
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Log nothing: a line a scrape would bury what matters."""

@@ -1,10 +1,13 @@
 """Asks a serving vLLM for its health again and again, beside the supervisor, which must stay free to act on signals."""
 
+import http.client
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
 from step128_launcher.client import ServerClient
+from step128_launcher.hang import tokens_done
 from step128_launcher.status import ServerStatus
 
 PROBE_SECONDS = 5.0
@@ -13,7 +16,10 @@ FAILURES_TO_WARN = 3
 
 
 class HealthWatch:
-    """While entered, a thread asks /health every PROBE_SECONDS and keeps the answers in the status."""
+    """While entered, a thread asks /health every PROBE_SECONDS and keeps the answers in the status.
+
+    It also keeps when the server last showed life: it answered, or its token counters went on although it did not.
+    """
 
     def __init__(self, client: ServerClient, status: ServerStatus) -> None:
         self._client = client
@@ -21,6 +27,8 @@ class HealthWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="health", daemon=True)
         self._warned = False
+        self._tokens: float | None = None
+        self._healthy_at = self._alive_at = time.monotonic()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -31,6 +39,16 @@ class HealthWatch:
     ) -> None:
         # Not joined: a request to a server that hangs must not hold up the end.
         self._over.set()
+
+    @property
+    def healthy_at(self) -> float:
+        """When /health answered last, by time.monotonic()."""
+        return self._healthy_at
+
+    @property
+    def alive_at(self) -> float:
+        """When the server last answered or got something done, by time.monotonic()."""
+        return self._alive_at
 
     def news(self) -> str | None:
         """Return a sentence when the server stopped answering, or answers again; else None."""
@@ -45,4 +63,20 @@ class HealthWatch:
 
     def _watch(self) -> None:
         while not self._over.wait(PROBE_SECONDS):
-            self._status.probed(self._client.healthy())
+            healthy = self._client.healthy()
+            if self._over.is_set():  # of a server that was ended meanwhile
+                return
+            if healthy:
+                self._healthy_at = self._alive_at = time.monotonic()
+            elif self._progressed():
+                self._alive_at = time.monotonic()
+            self._status.probed(healthy)
+
+    def _progressed(self) -> bool:
+        """Return whether tokens were read or written since the last look; a server that does not say has not."""
+        try:
+            tokens = tokens_done(self._client.metrics())
+        except (OSError, ValueError, http.client.HTTPException):
+            return False
+        before, self._tokens = self._tokens, tokens
+        return before is not None and tokens > before

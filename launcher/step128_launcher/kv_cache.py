@@ -9,6 +9,7 @@ is never used.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from step128_launcher.model_config import FULL_ATTENTION, ModelConfig
 
@@ -28,14 +29,14 @@ class KvShape:
     retained_tokens: int
     concurrent_batches: int
 
-    @property
+    @cached_property
     def layers_per_group(self) -> int:
         """Layers of one group: those of the rarer kind, or of the other if it has less than 1.5 times as many."""
         kinds = [count for count in (self.full_layers, self.sliding_layers) if count]
         fewest, most = min(kinds), max(kinds)
         return most if most < 1.5 * fewest else fewest
 
-    @property
+    @cached_property
     def bytes_per_block(self) -> int:
         """Bytes of one pool block on one rank: a page (K and V) for each layer of a group."""
         page = self.block_size_tokens * self.kv_heads_per_rank * 2 * self.head_dim * self.bytes_per_element
@@ -81,7 +82,19 @@ def predict(shape: KvShape, kv_cache_memory_bytes: int, max_model_len: int) -> K
 
 def longest_context(shape: KvShape, available_bytes: int, ceiling_tokens: int) -> int:
     """Return the longest context, at most `ceiling_tokens`, of which one request fits; 0 if none does."""
-    low, high = 0, ceiling_tokens
+    if shape.needed_bytes(ceiling_tokens) <= available_bytes:
+        return ceiling_tokens
+    # The sliding groups' share stops growing with the context, so what is left for the full groups can be divided.
+    full_groups = _ceil_div(shape.full_layers, shape.layers_per_group)
+    if full_groups:
+        blocks = available_bytes // shape.bytes_per_block - 1
+        sliding = shape.blocks_per_request(ceiling_tokens) - full_groups * _ceil_div(
+            ceiling_tokens, shape.block_size_tokens
+        )
+        context = (blocks - sliding) // full_groups * shape.block_size_tokens
+        if context > 0 and shape.sliding_blocks(context) == shape.sliding_blocks(ceiling_tokens):
+            return min(context, ceiling_tokens)
+    low, high = 0, ceiling_tokens - 1
     while low < high:
         middle = (low + high + 1) // 2
         if shape.needed_bytes(middle) <= available_bytes:

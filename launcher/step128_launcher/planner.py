@@ -1,244 +1,262 @@
 """Hardware x ModelFootprint x Profile x the user's limits -> Plan, with the reasons and what was rejected. Pure."""
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.choices import (
-    block_size_tokens,
-    kv_cache_dtype,
-    memory_shortage,
-    omp_threads_bind,
-    tensor_parallel_size,
-    usage_error,
-)
-from step128_launcher.kv_cache import KvShape, kv_shape, longest_context, predict
+from step128_launcher.budget import HOST_MEMORY, Budget, make_budget, memory_shortage
+from step128_launcher.calibration import Measurement
+from step128_launcher.candidates import DIMENSIONS, Candidate, search
+from step128_launcher.choices import make_space, omp_threads_bind, speed_inputs
+from step128_launcher.explain import explain_choice, neighbours
+from step128_launcher.footprint import ModelFootprint
+from step128_launcher.kv_cache import predict
 from step128_launcher.machine.types import Hardware
-from step128_launcher.memory import DTYPE_BYTES, Load, MemoryLine, MemoryPlan, fixed_lines, kv_line
-from step128_launcher.plan import Alternative, DoesNotFitError, Limits, Plan
+from step128_launcher.measured import finder
+from step128_launcher.memory import Ledger, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.objective import Judge
+from step128_launcher.plan import Alternative, Expected, Limits, Plan
 from step128_launcher.profiles import Profile
-from step128_launcher.sizes import format_bytes
+from step128_launcher.quantization import Format
+from step128_launcher.remedies import Retry, does_not_fit, unmet_wish
+from step128_launcher.speculation import SHORT_CONTEXT_TOKENS, SpeedRow
 
-# vLLM turns async scheduling off on a CPU, so one batch is in flight.
-_CPU_CONCURRENT_BATCHES = 1
+# After an out-of-memory at the start, plans for budgets smaller by this share of the pool are tried.
+_FALLBACKS, _FALLBACK_SHARE = 3, 0.03
 
 
-def make_plan(hardware: Hardware, footprint: ModelFootprint, profile: Profile, limits: Limits) -> Plan:
-    """Choose the longest context that fits, then the deepest MTP, then the most concurrent requests.
+def make_plan(
+    hardware: Hardware,
+    footprint: ModelFootprint,
+    profile: Profile,
+    limits: Limits,
+    *,
+    measurements: Sequence[Measurement] = (),
+    form: Format | None = None,
+    with_fallbacks: bool = False,
+) -> Plan:
+    """Choose by `limits.objective`. `form` (the quantization policies) lets a refusal name the policy that would fit.
+
+    `with_fallbacks` also works out leaner plans, for a server that may run out of memory at its start.
 
     Raises:
         DoesNotFitError: 3, if not even the profile's shortest context (or the length asked for) fits.
-        LauncherError: 2, if a limit contradicts the model; 4, if the machine has too few CPUs.
+        LauncherError: 2, if a limit contradicts the model; 4, if the machine has too few CPUs or GPUs.
 
     """
-    return _Planner(hardware, footprint, profile, limits).plan()
+    budget = make_budget(hardware, profile, limits)
+    planner = _Planner(hardware, footprint, profile, limits, budget, measurements, form)
+    try:
+        plan = planner.plan(planner.choose(budget), budget)
+    except _NothingFitsError:
+        raise does_not_fit(
+            hardware, footprint, profile, limits, budget, planner.space, planner.ledger, planner.candidates, form
+        ) from None
+    return replace(plan, fallbacks=planner.fallbacks(plan)) if with_fallbacks else plan
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    load: Load
-    shape: KvShape
-    lines: tuple[MemoryLine, ...]
-    left_per_rank_bytes: int
-    context: int
+class _NothingFitsError(Exception):
+    pass
 
 
 class _Planner:
-    def __init__(self, hardware: Hardware, footprint: ModelFootprint, profile: Profile, limits: Limits) -> None:
+    def __init__(
+        self,
+        hardware: Hardware,
+        footprint: ModelFootprint,
+        profile: Profile,
+        limits: Limits,
+        budget: Budget,
+        measurements: Sequence[Measurement],
+        form: Format | None,
+    ) -> None:
         self.hardware, self.footprint, self.profile, self.limits = hardware, footprint, profile, limits
-        self.reasons: list[str] = []
-        self.rejected: list[Alternative] = []
-        share = int(hardware.memory_available_bytes * profile.usable_fraction)
-        self.budget_bytes = share if limits.memory_bytes is None else limits.memory_bytes
-
-    def plan(self) -> Plan:
-        limits, profile = self.limits, self.profile
-        ranks = tensor_parallel_size(self.hardware, self.footprint, profile, limits)
-        block_size = block_size_tokens(self.footprint, profile, limits)
-        kv_dtype, why, refused = kv_cache_dtype(self.footprint, profile, limits)
-        self.reasons.append(why)
-        self.rejected += refused
-        ceiling = self.context_ceiling()
-        load = Load(
-            dtype=limits.dtype or profile.dtype,
-            tensor_parallel_size=ranks,
-            num_speculative_tokens=0,
-            max_num_seqs=limits.max_num_seqs or profile.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens or profile.max_num_batched_tokens,
+        self.budget, self.form = budget, form
+        self.space, self.left_out = make_space(hardware, footprint, profile, limits, budget)
+        self.ledger = Ledger(footprint, profile, finder(measurements))
+        self.judge = Judge(
+            limits.objective,
+            self.space.wished_context,
+            self.space.kv_cache_dtypes[0],
+            footprint,
+            self.ledger,
+            speed_inputs(profile, limits),
         )
-        if load.max_num_batched_tokens < load.max_num_seqs:
-            raise usage_error(
-                f"--max-num-batched-tokens {load.max_num_batched_tokens} is below "
-                f"--max-num-seqs {load.max_num_seqs}; vLLM schedules at least one token a request."
-            )
-        element = 1 if kv_dtype == "fp8" else DTYPE_BYTES[load.dtype]
-        candidates = [
-            self.candidate(replace(load, num_speculative_tokens=depth), element, block_size, ceiling)
-            for depth in self.depths()
-        ]
-        best = max(candidates, key=lambda candidate: (candidate.context, candidate.load.num_speculative_tokens))
-        shortest = min(ceiling, limits.max_model_len or profile.min_model_len)
-        if best.context < shortest:
-            raise self.does_not_fit(candidates[-1], shortest)
-        self.explain_context(best, ceiling)
-        self.explain_depth(best, candidates, kv_dtype)
-        kv_bytes, requests = self.kv_cache_bytes(best)
-        cached = f"{kv_dtype}, {requests} request{'s' if requests != 1 else ''} of {best.context} tokens"
+        self.candidates: list[Candidate] = []
+
+    def choose(self, budget: Budget) -> Candidate:
+        """Search, and return the best acceptable candidate."""
+        found = search(self.footprint, self.space, budget, self.ledger, self.profile.kv_cache_max_bytes)
+        self.candidates = found
+        acceptable = [candidate for candidate in found if candidate.reason is None]
+        if not acceptable:
+            raise _NothingFitsError
+        depths = self.judge.worthwhile_depths(found)
+        return max(acceptable, key=lambda candidate: self.judge.key(candidate, depths))
+
+    def plan(self, best: Candidate, budget: Budget) -> Plan:
+        """Return the whole plan for the candidate chosen."""
+        load, profile, space = best.load, self.profile, self.space
+        kv_bytes = best.shape.needed_bytes(best.context, max(1, best.requests))
+        lines = self.ledger.lines(load)
+        requests = f"{best.requests} request{'s' if best.requests != 1 else ''} of {best.context} tokens"
+        kv = kv_line(kv_bytes, self.ledger.ranks_in_pool(load), f"{best.kv_cache_dtype}, {requests}")
+        memory = MemoryPlan(budget.where, (*lines, kv), budget.total_bytes, budget.available_bytes, budget.budget_bytes)
+        environment = dict(profile.environment)
+        if profile.device == "cpu":
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = omp_threads_bind(self.hardware, load.tensor_parallel_size)
         return Plan(
             profile=profile.name,
+            device=profile.device,
+            objective=self.limits.objective,
             max_model_len=best.context,
-            num_speculative_tokens=best.load.num_speculative_tokens,
-            kv_cache_dtype=kv_dtype,
-            max_num_seqs=best.load.max_num_seqs,
-            max_num_batched_tokens=best.load.max_num_batched_tokens,
-            tensor_parallel_size=ranks,
-            dtype=best.load.dtype,
-            block_size=block_size,
-            enforce_eager=profile.enforce_eager if limits.enforce_eager is None else limits.enforce_eager,
-            kv_cache_memory_bytes=kv_bytes,
-            mm_processor_cache_bytes=profile.mm_processor_cache_bytes,
-            prediction=predict(best.shape, kv_bytes, best.context),
-            omp_threads_bind=omp_threads_bind(self.hardware, ranks),
-            memory=self.memory_plan((*best.lines, kv_line(kv_bytes, ranks, cached))),
-            reasons=tuple(self.reasons),
-            rejected=tuple(self.rejected),
-            warnings=tuple(filter(None, [memory_shortage(self.hardware, limits.memory_bytes)])),
-        )
-
-    def context_ceiling(self) -> int:
-        """Return the longest context to consider: the model's, the profile's or the user's."""
-        model_max = self.footprint.config.max_position_embeddings
-        asked = self.limits.max_model_len
-        if asked is not None and asked > model_max:
-            raise usage_error(f"--max-model-len {asked} is above the model's own maximum of {model_max} tokens.")
-        return asked or min(model_max, self.profile.max_model_len)
-
-    def depths(self) -> list[int]:
-        """Return the MTP depths to try, deepest first."""
-        present, asked = self.footprint.mtp_layers, self.limits.num_speculative_tokens
-        if asked is not None:
-            if asked > present:
-                raise usage_error(
-                    f"--num-speculative-tokens {asked} needs as many MTP layers; the checkpoint has {present}.",
-                )
-            return [asked]
-        deepest = min(present, self.profile.num_speculative_tokens)
-        if deepest < self.profile.num_speculative_tokens:
-            wish = f"num_speculative_tokens {self.profile.num_speculative_tokens}"
-            self.rejected.append(Alternative(wish, f"the checkpoint has {present} MTP layers"))
-        return list(range(deepest, -1, -1))
-
-    def candidate(self, load: Load, element: int, block_size: int, ceiling: int) -> _Candidate:
-        lines = fixed_lines(self.footprint, self.profile, load)
-        left = (self.budget_bytes - sum(line.total_bytes for line in lines)) // load.tensor_parallel_size
-        shape = kv_shape(
-            self.footprint.config,
-            mtp_layers=self.footprint.mtp_layers,
             num_speculative_tokens=load.num_speculative_tokens,
-            tensor_parallel_size=load.tensor_parallel_size,
-            bytes_per_element=element,
-            block_size_tokens=block_size,
+            kv_cache_dtype=best.kv_cache_dtype,
+            max_num_seqs=load.max_num_seqs,
             max_num_batched_tokens=load.max_num_batched_tokens,
-            concurrent_batches=_CPU_CONCURRENT_BATCHES,
+            tensor_parallel_size=load.tensor_parallel_size,
+            enable_expert_parallel=load.enable_expert_parallel,
+            dtype=load.dtype,
+            block_size=space.block_size,
+            enforce_eager=load.enforce_eager,
+            vision=load.vision,
+            attention_backend=load.attention_backend,
+            gpu_memory_utilization=_utilization(memory) if budget.gpus else None,
+            kv_cache_memory_bytes=kv_bytes,
+            mm_processor_cache_bytes=profile.mm_processor_cache_bytes if load.vision else 0,
+            prediction=predict(best.shape, kv_bytes, best.context),
+            environment=tuple(environment.items()),
+            arguments=profile.arguments,
+            gpu_addresses=tuple(gpu.pci_address for gpu in budget.gpus[: load.tensor_parallel_size]),
+            memory=memory,
+            host_memory=self._host_memory(best, memory, budget),
+            expected=self._expected(best, lines),
+            speed=self._speed(best),
+            speed_sources=self._speed_sources(),
+            reasons=explain_choice(best, self.footprint, profile, self.limits, space, self.judge),
+            rejected=(*self.left_out, *self._rejected(best)),
+            wish=self._wish(best, budget),
+            warnings=self._warnings(budget),
+            considered=len(self.candidates),
         )
-        cap = self.profile.kv_cache_max_bytes // load.tensor_parallel_size
-        context = longest_context(shape, min(left, cap), ceiling)
-        # A whole number of blocks wastes nothing; a length that was asked for, or the ceiling, stays as it is.
-        return _Candidate(load, shape, lines, left, context if context == ceiling else context - context % block_size)
 
-    def kv_cache_bytes(self, best: _Candidate) -> tuple[int, int]:
-        """Return the cache's bytes per rank, for as many full-length requests as fit, up to max_num_seqs."""
-        available = min(best.left_per_rank_bytes, self.profile.kv_cache_max_bytes // best.load.tensor_parallel_size)
-        one = best.shape.blocks_per_request(best.context)
-        fitting = (available // best.shape.bytes_per_block - 1) // one
-        requests = min(best.load.max_num_seqs, fitting)
-        if requests < best.load.max_num_seqs:
-            self.rejected.append(
-                Alternative(
-                    f"KV cache for {best.load.max_num_seqs} requests of full length",
-                    f"needs {format_bytes(best.shape.needed_bytes(best.context, best.load.max_num_seqs))} a rank, "
-                    f"{format_bytes(available)} available; shorter requests still run at once",
-                )
+    def fallbacks(self, plan: Plan) -> tuple[Plan, ...]:
+        """Return plans for ever smaller budgets, each with other settings than the one before."""
+        found: list[Plan] = []
+        seen = {_settings(plan)}
+        for step in range(1, 3 * _FALLBACKS + 1):
+            less = int(step * _FALLBACK_SHARE * self.budget.total_bytes)
+            budget = replace(self.budget, budget_bytes=min(plan.memory.total_bytes, self.budget.budget_bytes) - less)
+            try:
+                leaner = self.plan(self.choose(budget), budget)
+            except _NothingFitsError:
+                break
+            if _settings(leaner) not in seen:
+                seen.add(_settings(leaner))
+                found.append(leaner)
+            if len(found) == _FALLBACKS:
+                break
+        return tuple(found)
+
+    def _wish(self, best: Candidate, budget: Budget) -> tuple[str, ...]:
+        depths = self.judge.worthwhile_depths(self.candidates)
+        depth = depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
+        again = Retry(self.footprint, self.profile, budget, self.ledger, self.form)
+        return unmet_wish(best, self.space, depth, self.limits, again)
+
+    def _rejected(self, best: Candidate) -> tuple[Alternative, ...]:
+        return neighbours(best, self.candidates, self.space, self.judge)
+
+    def _host_memory(self, best: Candidate, memory: MemoryPlan, budget: Budget) -> MemoryPlan | None:
+        if budget.host_budget_bytes is None or budget.host_available_bytes is None:
+            return None
+        lines = self.ledger.host_lines(best.load)
+        if budget.shared:
+            what = "the table above: GPU and host share this memory"
+            lines = (MemoryLine("model and KV cache", memory.total_bytes, "computed", what), *lines)
+        total = self.hardware.memory_total_bytes
+        return MemoryPlan(HOST_MEMORY, lines, total, budget.host_available_bytes, budget.host_budget_bytes)
+
+    def _expected(self, best: Candidate, lines: Sequence[MemoryLine]) -> Expected:
+        if not self.budget.gpus:
+            return Expected(self.ledger.weights_bytes(best.load), 0, 0, 0)
+        sizes = {line.name: line.total_bytes for line in lines}
+        context = sizes.get("runtime context", 0) + sizes.get("collectives (RCCL/NCCL)", 0)
+        return Expected(
+            weights_bytes=self.ledger.weights_bytes(best.load) + sizes.get("rope tables", 0),
+            activation_bytes=sizes.get("activations", 0) + sizes.get("logits", 0),
+            graph_bytes=sizes.get("graphs", 0),
+            non_torch_bytes=context or sizes.get("runtime and collectives", 0),
+        )
+
+    def _speed(self, best: Candidate) -> tuple[SpeedRow, ...]:
+        """Return the modelled speed of every depth the checkpoint allows, at a short and at the planned context."""
+        depths = range(min(self.footprint.mtp_layers, 3) + 1)
+        contexts = sorted({min(SHORT_CONTEXT_TOKENS, best.context), best.context})
+        rows = (self.judge.row(best, depth, context) for context in contexts for depth in depths)
+        return tuple(row for row in rows if row is not None)
+
+    def _speed_sources(self) -> tuple[tuple[str, str], ...]:
+        inputs = self.judge.inputs
+        if inputs is None:
+            return ()
+        kind = "conditional on the position before" if inputs.conditional else "unconditional"
+        values = {
+            "memory_bandwidth": f"{inputs.memory_bandwidth / 1e9:.0f} GB/s a rank",
+            "bandwidth_efficiency": f"{inputs.bandwidth_efficiency:.2f}",
+            "all_reduce_seconds": f"{1e6 * inputs.all_reduce_seconds:.0f} microseconds",
+            "acceptance": f"{' / '.join(f'{value:g}' for value in inputs.acceptance)}, {kind}",
+        }
+        return tuple((name, f"{values[name]} ({source})") for name, source in inputs.sources)
+
+    def _warnings(self, budget: Budget) -> tuple[str, ...]:
+        found = [memory_shortage(budget, self.limits.memory_bytes)]
+        quantization = self.footprint.quantization
+        if budget.gpus and quantization is not None and quantization.method == "nl4":
+            found.append(
+                "This release has no GPU kernels for NL4 yet: on a GPU the torch reference unpacks one weight at a "
+                "time, slowly and with memory that this plan does not count. Plan with it, do not serve with it."
             )
-        return best.shape.needed_bytes(best.context, requests), requests
+        if self.footprint.assumed:
+            found.append("No shard was read: sizes follow from config.json and the policy; KV scales are assumed.")
+        if self.limits.enable_expert_parallel:
+            found.append("Expert parallelism: bytes computed, not compared with vLLM's code.")
+        return tuple(text for text in found if text)
 
-    def explain_context(self, best: _Candidate, ceiling: int) -> None:
-        if self.limits.max_model_len is not None:
-            self.reasons.append(f"Context {best.context}: asked for.")
-        elif best.context < ceiling:
-            self.reasons.append(f"Context {best.context}: the longest of which one request fits into the memory left.")
-            available = min(best.left_per_rank_bytes, self.profile.kv_cache_max_bytes // best.load.tensor_parallel_size)
-            self.rejected.append(
-                Alternative(
-                    f"context {ceiling}",
-                    f"needs {format_bytes(best.shape.needed_bytes(ceiling))} of KV cache a rank, "
-                    f"{format_bytes(available)} available",
-                )
-            )
-        elif ceiling == self.footprint.config.max_position_embeddings:
-            self.reasons.append(f"Context {best.context}: the model's own maximum, and it fits.")
-        else:
-            self.reasons.append(f"Context {best.context}: the maximum of profile {self.profile.name}, and it fits.")
 
-    def explain_depth(self, best: _Candidate, candidates: list[_Candidate], kv_dtype: str) -> None:
-        depth = best.load.num_speculative_tokens
-        if self.limits.num_speculative_tokens is not None:
-            self.reasons.append(f"MTP depth {depth}: asked for.")
-        elif depth:
-            self.reasons.append(f"MTP depth {depth}: the checkpoint has {self.footprint.mtp_layers} MTP layers.")
-        else:
-            self.reasons.append("No MTP.")
-        if depth and kv_dtype == "fp8" and self.footprint.unscaled_layers:
-            self.reasons.append("The MTP layers' KV cache uses scale 1.0: the checkpoint has no scales for them.")
-        for candidate in candidates:
-            if candidate.load.num_speculative_tokens > depth:
-                wish = f"num_speculative_tokens {candidate.load.num_speculative_tokens}"
-                reason = f"would leave a context of {candidate.context} tokens instead of {best.context}"
-                self.rejected.append(Alternative(wish, reason))
+def _utilization(memory: MemoryPlan) -> float:
+    """Return --gpu-memory-utilization. vLLM refuses to start if less than this share of the total is free.
 
-    def memory_plan(self, lines: tuple[MemoryLine, ...]) -> MemoryPlan:
-        return MemoryPlan(lines, self.hardware.memory_available_bytes, self.budget_bytes)
+    With --kv-cache-memory-bytes it decides nothing else, so it is what the plan uses, rounded up, but not above what
+    is free now.
+    """
+    total = memory.total_memory_bytes
+    planned = math.ceil(100 * memory.total_bytes / total) / 100
+    free = math.floor(100 * memory.available_bytes / total) / 100
+    return max(0.01, min(planned, free))
 
-    def does_not_fit(self, leanest: _Candidate, context: int) -> DoesNotFitError:
-        needed = leanest.shape.needed_bytes(context)
-        kv = kv_line(needed, leanest.load.tensor_parallel_size, f"one request of {context} tokens")
-        memory = self.memory_plan((*leanest.lines, kv))
-        cap = self.profile.kv_cache_max_bytes // leanest.load.tensor_parallel_size
-        if memory.free_bytes >= 0:
-            what = (
-                f"one request needs {format_bytes(needed)} of KV cache a rank; the profile allows {format_bytes(cap)}"
-            )
-        else:
-            what = (
-                f"needs {format_bytes(memory.total_bytes)}, {format_bytes(self.budget_bytes)} may be used "
-                f"({format_bytes(-memory.free_bytes)} missing)"
-            )
-        message = f"{self.footprint.path} does not fit with a context of {context} tokens: {what}."
-        return DoesNotFitError(message, self.remedies(leanest, memory.free_bytes < 0, needed > cap), memory)
 
-    def remedies(self, leanest: _Candidate, memory_binds: bool, cap_binds: bool) -> str:
-        """Return what would make it fit, most useful first."""
-        limits, profile = self.limits, self.profile
-        ideas = []
-        if limits.max_model_len and leanest.context >= profile.min_model_len:
-            ideas.append(f"--max-model-len {leanest.context}")
-        for flag, asked, usual in (
-            ("--block-size", limits.block_size, profile.block_size),
-            ("--max-num-batched-tokens", limits.max_num_batched_tokens, profile.max_num_batched_tokens),
-            ("--max-num-seqs", limits.max_num_seqs, profile.max_num_seqs),
-        ):
-            if asked is not None and asked > usual:
-                ideas.append(f"{flag} {usual} (as in profile {profile.name})")
-        if leanest.load.num_speculative_tokens:
-            ideas.append("--num-speculative-tokens 0")
-        if leanest.load.dtype != "bfloat16":
-            ideas.append("--dtype bfloat16")
-        if self.footprint.quantization is None:
-            ideas.append("quantize the checkpoint (step128-checkpoint quantize)")
-        if cap_binds:
-            ideas.append(
-                f"a memory.kv_cache_max above {format_bytes(profile.kv_cache_max_bytes)} in {profile.name}.yaml"
-            )
-        if memory_binds:
-            room = limits.memory_bytes is not None and limits.memory_bytes < self.hardware.memory_available_bytes
-            ideas.append("raise --memory" if room else "free memory on this machine")
-        return "Try: " + "; ".join(ideas) + "."
+def _settings(plan: Plan) -> tuple[object, ...]:
+    return (
+        *(plan.max_model_len, plan.num_speculative_tokens, plan.kv_cache_dtype, plan.max_num_seqs),
+        *(plan.max_num_batched_tokens, plan.tensor_parallel_size, plan.vision, plan.kv_cache_memory_bytes),
+    )
+
+
+def all_candidates(
+    hardware: Hardware, footprint: ModelFootprint, profile: Profile, limits: Limits
+) -> list[dict[str, object]]:
+    """Return every candidate of the search as a document: its settings, context, requests, reason, missing bytes."""
+    budget = make_budget(hardware, profile, limits)
+    planner = _Planner(hardware, footprint, profile, limits, budget, (), None)
+    found = search(footprint, planner.space, budget, planner.ledger, profile.kv_cache_max_bytes)
+    return [
+        {name: candidate.value(name) for name in DIMENSIONS}
+        | {
+            "max_model_len": candidate.context,
+            "requests": candidate.requests,
+            "reason": candidate.reason,
+            "missing_bytes": candidate.missing_bytes,
+        }
+        for candidate in found
+    ]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.files import cannot_write, make_private_folder
+from step128_launcher.log_cap import keep_earlier_logs
+
+_LOGS_KEPT = 5  # a start that stepped down three times, and the run before
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -39,7 +42,9 @@ def port_in_use(host: str, port: int) -> LauncherError:
 
 
 def prepare_state_dir(state_dir: Path, load_report_dir: Path, log: Path) -> None:
-    """Make the folders, keep the earlier run's log as `log`.1, and remove its load reports: they would vouch for ours.
+    """Make the folders, keep the logs of earlier starts as `log`.1 and so on, and remove the load reports.
+
+    The reports of an earlier start would vouch for this one.
 
     Raises:
         LauncherError: 5 or 73, if something there cannot be written.
@@ -47,8 +52,7 @@ def prepare_state_dir(state_dir: Path, load_report_dir: Path, log: Path) -> None
     """
     make_private_folder(state_dir)
     try:
-        if log.exists():
-            log.replace(log.with_name(log.name + ".1"))
+        keep_earlier_logs(log, _LOGS_KEPT)
     except OSError as error:
         raise cannot_write(log, error) from error
     try:

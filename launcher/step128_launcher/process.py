@@ -12,6 +12,7 @@ from pathlib import Path
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.files import cannot_write
+from step128_launcher.procfs import group_members
 
 _CHILD = Path(__file__).with_name("child.py")
 _POLL_SECONDS = 0.02
@@ -23,19 +24,23 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 class ProcessGroup:
     """Starts a command as the leader of a new session; its output goes to a log file.
 
-    It gets SIGTERM should this process die without ending it (see child.py), so it is made from the main thread.
+    Should this process die without ending it, it gets SIGTERM, and is killed `orphan_grace_seconds` later (see
+    child.py), so it is made from the main thread.
     """
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, argv: Sequence[str], environment: Mapping[str, str], log: Path, orphan_grace_seconds: float
+    ) -> None:
         _adopt_orphans()
         try:
-            # The server's own requests and prompts may be in the log, so it is private to the user.
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            # The server's own requests and prompts may be in the log, so it is private to the user. O_APPEND: each
+            # write goes to the file's end wherever that is, so log_cap.py may cut the file short under the writers.
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         except OSError as error:
             raise cannot_write(log, error) from error
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_CHILD), str(os.getpid()), *argv],
+                [sys.executable, "-I", str(_CHILD), str(os.getpid()), str(orphan_grace_seconds), *argv],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -52,6 +57,10 @@ class ProcessGroup:
     def pid(self) -> int:
         """Process id of the leader, and id of the group."""
         return self._process.pid
+
+    def members(self) -> list[int]:
+        """Return the ids of its processes that run."""
+        return group_members(self.pid)
 
     def exit_status(self) -> int | None:
         """Return the leader's exit status (negative: the signal that ended it), or None while it runs."""
@@ -83,7 +92,7 @@ class ProcessGroup:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self._collect_dead()
-            members = _group_members(self.pid)
+            members = group_members(self.pid)
             if not members:
                 return
             for pid in members:
@@ -98,17 +107,6 @@ class ProcessGroup:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-self.pid, os.WNOHANG) != (0, 0):
                     pass
-
-
-def _group_members(group: int) -> list[int]:
-    """Return the processes of a group that still run (proc_pid_stat(5): state and group follow the name)."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # a process that just ended
-            state, _, pgrp = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
-                members.append(int(stat.parent.name))
-    return members
 
 
 def _is_resource_tracker(pid: int) -> bool:

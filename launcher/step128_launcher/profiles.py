@@ -1,54 +1,88 @@
-"""Hardware profiles: one YAML file each below `configs/profiles/`, read into a frozen Profile."""
+"""Hardware profiles: one YAML file each, below `configs/profiles/` or in a folder of the user's own."""
 
-import re
-from collections.abc import Callable
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.machine.types import Gpu, Hardware
+from step128_launcher.pools import device_memory
+from step128_launcher.profile_schema import Assumption, AttentionBackend, bad_value, read_profile_values
+from step128_launcher.sizes import format_bytes
 
-DEVICES = ("cpu",)
-DTYPES = ("bfloat16", "float32")
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# libyaml's loader is several times as fast; some builds of PyYAML lack it.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Limits and defaults for one kind of machine; the meaning of each figure is in the YAML file."""
+    """Limits and defaults for one kind of machine; the meaning of each figure is in the YAML file.
+
+    A profile without `match_targets` is for machines with no GPU. `kv_cache_max_bytes` is over all ranks.
+    """
 
     name: str
     description: str
     device: str
+    advice: str
+    match_targets: tuple[str, ...]
+    match_gpus: int
+    match_memory_bytes: int
+    match_memory_below_bytes: int | None
+    match_unified: bool
     usable_fraction: float
+    host_usable_fraction: float
     reserve_bytes: int
-    kv_cache_max_bytes: int
+    kv_cache_max_bytes: int | None
     mm_processor_cache_bytes: int
     api_server_bytes: int
     engine_core_bytes: int
     worker_bytes: int
+    runtime_context: Assumption | None
+    collectives: Assumption | None
+    graphs: Assumption | None
     max_model_len: int
     min_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    min_num_batched_tokens: int | None
     num_speculative_tokens: int
-    tensor_parallel_size: int
+    tensor_parallel_sizes: tuple[int, ...]
+    memory_bandwidth: Assumption | None
+    bandwidth_efficiency: Assumption | None
+    all_reduce_microseconds: Assumption | None
     dtype: str
     prefer_fp8_kv_cache: bool
     block_size: int
+    block_size_multiple: int
     enforce_eager: bool
+    attention_backends: tuple[AttentionBackend, ...]
+    arguments: tuple[str, ...]
     shutdown_timeout_seconds: int
     start_timeout_seconds: int
+    environment: tuple[tuple[str, str], ...]
 
 
-def list_profiles(configs_dir: Path) -> list[str]:
-    """Return the names of all profiles in `configs_dir`/profiles, sorted."""
-    return sorted(path.stem for path in (configs_dir / "profiles").glob("*.yaml"))
+def user_profiles_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the user's own profiles: STEP128_PROFILES_DIR, else below XDG_CONFIG_HOME."""
+    if environment.get("STEP128_PROFILES_DIR"):
+        return Path(environment["STEP128_PROFILES_DIR"])
+    home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "step128" / "profiles"
 
 
-def load_profile(configs_dir: Path, name: str) -> Profile:
+def profile_files(configs_dir: Path, user_dir: Path | None = None) -> dict[str, Path]:
+    """Return name -> file of every profile, by name; a user's file takes the place of ours with its name."""
+    files = {path.stem: path for path in (configs_dir / "profiles").glob("*.yaml")}
+    if user_dir is not None:
+        files |= {path.stem: path for path in user_dir.glob("*.yaml")}
+    return dict(sorted(files.items()))
+
+
+def load_profile(configs_dir: Path, name: str, user_dir: Path | None = None) -> Profile:
     """Read and check one profile.
 
     Raises:
@@ -56,144 +90,87 @@ def load_profile(configs_dir: Path, name: str) -> Profile:
             has a value of the wrong kind.
 
     """
-    path = configs_dir / "profiles" / f"{name}.yaml"
-    names = list_profiles(configs_dir)
-    if name not in names:
+    files = profile_files(configs_dir, user_dir)
+    if name not in files:
         raise LauncherError(
             ExitCode.BAD_CONFIGURATION,
-            f"There is no profile {name!r} in {path.parent}.",
-            "Profiles: " + (", ".join(names) or "none") + ".",
+            f"There is no profile {name!r} in {configs_dir / 'profiles'}" + (f" or {user_dir}." if user_dir else "."),
+            "Profiles: " + (", ".join(files) or "none") + ".",
         )
+    path = files[name]
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML_LOADER)  # a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LauncherError(ExitCode.BAD_CONFIGURATION, f"Profile {path} cannot be read: {error}") from error
-    values: dict[str, Any] = {}
-    _read_section(path, "", document, _SCHEMA, values)
-    profile = Profile(name=name, **values)
+    profile = Profile(name=name, **read_profile_values(path, document))
     if profile.min_model_len > profile.max_model_len:
-        raise _bad(path, "limits.min_model_len", "a value not above limits.max_model_len", profile.min_model_len)
-    if profile.block_size % 32:
-        raise _bad(path, "vllm.block_size", "a multiple of 32 (vLLM's CPU attention)", profile.block_size)
+        raise bad_value(path, "limits.min_model_len", "a value not above limits.max_model_len", profile.min_model_len)
+    if profile.block_size % profile.block_size_multiple:
+        wanted = f"a multiple of vllm.block_size_multiple ({profile.block_size_multiple})"
+        raise bad_value(path, "vllm.block_size", wanted, profile.block_size)
+    if profile.device != "cpu":
+        _check_gpu_profile(path, profile)
     return profile
 
 
-def _bad(path: Path, key: str, wanted: str, found: object) -> LauncherError:
-    return LauncherError(ExitCode.BAD_CONFIGURATION, f"Profile {path}: {key} needs {wanted}, found {found!r}.")
+def _check_gpu_profile(path: Path, profile: Profile) -> None:
+    """A profile for GPUs must say which, what it assumes of them, and name its attention backend."""
+    wanted: dict[str, object] = {
+        "match": profile.match_targets,
+        "assumptions": profile.graphs,
+        "speed": profile.memory_bandwidth,
+        "vllm.attention_backends": profile.attention_backends,
+    }
+    for key, value in wanted.items():
+        if not value:
+            raise LauncherError(
+                ExitCode.BAD_CONFIGURATION, f"Profile {path}: device {profile.device} needs the key {key}."
+            )
 
 
-# A check returns the value to store, or raises ValueError saying what it wants.
-_Check = Callable[[Any], Any]
+def matching_gpus(profile: Profile, hardware: Hardware) -> tuple[Gpu, ...]:
+    """Return the usable GPUs that the profile is for."""
+    return tuple(gpu for gpu in hardware.usable_gpus if gpu.target in profile.match_targets)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("a text")
-    return value
+def why_not(profile: Profile, hardware: Hardware) -> str | None:
+    """Return why the profile is not for this machine, or None if it is."""
+    if profile.device == "cpu":
+        return "the machine has a GPU" if hardware.has_gpu or hardware.usable_gpus else None
+    gpus = matching_gpus(profile, hardware)
+    wanted = f"{profile.match_gpus} x {' or '.join(profile.match_targets)}"
+    if not gpus:
+        found = ", ".join(f"{gpu.name} ({gpu.target or 'unknown target'})" for gpu in hardware.usable_gpus)
+        return f"needs {wanted}; found {found or 'no GPU'}"
+    if len(gpus) < profile.match_gpus:
+        return f"needs {wanted}; found {len(gpus)}"
+    if any(gpu.integrated != profile.match_unified for gpu in gpus):
+        return "needs " + ("memory shared with the host" if profile.match_unified else "GPUs with memory of their own")
+    sizes = [device_memory(hardware, gpu).total_bytes for gpu in gpus]
+    if not profile.match_unified:
+        if min(sizes) < profile.match_memory_bytes:
+            return (
+                f"needs {format_bytes(profile.match_memory_bytes)} a GPU; the smallest has {format_bytes(min(sizes))}"
+            )
+        below = profile.match_memory_below_bytes
+        if below is not None and min(sizes) >= below:
+            return f"is for GPUs of less than {format_bytes(below)}; these have {format_bytes(min(sizes))}"
+    return None
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _one_of(*choices: str) -> _Check:
-    def check(value: Any) -> str:
-        if value not in choices:
-            raise ValueError("one of " + ", ".join(choices))
-        return str(value)
-
-    return check
-
-
-def _integer(minimum: int, maximum: int | None = None) -> _Check:
-    def check(value: Any) -> int:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < minimum
-            or (maximum is not None and value > maximum)
-        ):
-            limit = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-            raise ValueError(f"a whole number {limit}")
-        return value
-
-    return check
-
-
-def _fraction(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError("a number above 0 and at most 1")
-    return float(value)
-
-
-def parse_size(value: Any) -> int:
-    """Return bytes for a text such as "512MiB", "1.5 GiB" or "300000B".
+def choose_profile(profiles: Mapping[str, Profile], hardware: Hardware) -> str:
+    """Return the name of the profile for this machine: of those that match, the one that uses most GPUs.
 
     Raises:
-        ValueError: saying what a size looks like.
+        LauncherError: 4, with the reason of each, if none does.
 
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|B)", value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("a size with its unit, such as 512MiB or 4GiB")
-    return int(float(match[1]) * _UNITS.get(match[2], 1))
-
-
-# YAML key -> (field of Profile, check), nested as in the file.
-_SCHEMA: dict[str, Any] = {
-    "description": ("description", _text),
-    "device": ("device", _one_of(*DEVICES)),
-    "memory": {
-        "usable_fraction": ("usable_fraction", _fraction),
-        "reserve": ("reserve_bytes", parse_size),
-        "kv_cache_max": ("kv_cache_max_bytes", parse_size),
-        "mm_processor_cache": ("mm_processor_cache_bytes", parse_size),
-    },
-    "processes": {
-        "api_server": ("api_server_bytes", parse_size),
-        "engine_core": ("engine_core_bytes", parse_size),
-        "worker": ("worker_bytes", parse_size),
-    },
-    "limits": {
-        "max_model_len": ("max_model_len", _integer(1)),
-        "min_model_len": ("min_model_len", _integer(1)),
-        "max_num_seqs": ("max_num_seqs", _integer(1)),
-        "max_num_batched_tokens": ("max_num_batched_tokens", _integer(1)),
-        "num_speculative_tokens": ("num_speculative_tokens", _integer(0, 3)),
-        "tensor_parallel_size": ("tensor_parallel_size", _integer(1)),
-    },
-    "vllm": {
-        "dtype": ("dtype", _one_of(*DTYPES)),
-        "prefer_fp8_kv_cache": ("prefer_fp8_kv_cache", _flag),
-        "block_size": ("block_size", _integer(1)),
-        "enforce_eager": ("enforce_eager", _flag),
-        "shutdown_timeout_seconds": ("shutdown_timeout_seconds", _integer(0)),
-        "start_timeout_seconds": ("start_timeout_seconds", _integer(1)),
-    },
-}
-
-
-def _read_section(path: Path, prefix: str, section: Any, schema: dict[str, Any], values: dict[str, Any]) -> None:
-    """Check one mapping of the file against `schema` and add its fields to `values`."""
-    if not isinstance(section, dict):
-        raise _bad(path, prefix.rstrip(".") or "the file", "a mapping of keys to values", section)
-    for key in section:
-        if key not in schema:
-            raise LauncherError(
-                ExitCode.BAD_CONFIGURATION,
-                f"Profile {path}: unknown key {prefix}{key}.",
-                "Known here: " + ", ".join(schema) + ".",
-            )
-    for key, entry in schema.items():
-        if key not in section:
-            raise LauncherError(ExitCode.BAD_CONFIGURATION, f"Profile {path}: the key {prefix}{key} is missing.")
-        if isinstance(entry, dict):
-            _read_section(path, f"{prefix}{key}.", section[key], entry, values)
-            continue
-        field, check = entry
-        try:
-            values[field] = check(section[key])
-        except ValueError as error:
-            raise _bad(path, f"{prefix}{key}", str(error), section[key]) from error
+    reasons = {name: why_not(profile, hardware) for name, profile in profiles.items()}
+    fitting = [name for name, reason in reasons.items() if reason is None]
+    if fitting:
+        return max(fitting, key=lambda name: (profiles[name].match_gpus, profiles[name].match_memory_bytes))
+    raise LauncherError(
+        ExitCode.UNSUPPORTED_HARDWARE,
+        "No profile is for this machine: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) + ".",
+        "To serve on the CPU all the same: --profile cpu. An own profile: see CONTRIBUTING.md, 'A hardware profile'.",
+    )

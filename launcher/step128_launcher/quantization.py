@@ -17,13 +17,15 @@ CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89,
 
 @dataclass(frozen=True)
 class Format:
-    """`nl4.yaml`: the format's figures, and component name -> patterns of tensor names."""
+    """`nl4.yaml`: the format's figures, component name -> patterns of tensor names, policy name -> components."""
 
     name: str
     version: int
     group_size: int
     bits_per_weight: float
     components: dict[str, tuple[str, ...]]
+    policies: dict[str, tuple[str, ...]]
+    default_policy: str
 
     def tensor_components(self, config: ModelConfig) -> dict[str, str]:
         """Return tensor name -> component for every tensor a policy may quantize, as if it were not quantized."""
@@ -55,12 +57,14 @@ def read_format(configs_dir: Path) -> Format:
     path = configs_dir / "quantization" / "nl4.yaml"
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Format(
+        form = Format(
             name=str(document["format"]),
             version=int(document["format_version"]),
             group_size=int(document["group_size"]),
             bits_per_weight=float(document["bits_per_weight"]),
             components={str(name): tuple(map(str, patterns)) for name, patterns in document["components"].items()},
+            policies={str(name): tuple(map(str, parts)) for name, parts in document["policies"].items()},
+            default_policy=str(document["default_policy"]),
         )
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LauncherError(ExitCode.BAD_CONFIGURATION, f"{path} cannot be read: {error}") from error
@@ -68,6 +72,11 @@ def read_format(configs_dir: Path) -> Format:
         raise LauncherError(
             ExitCode.BAD_CONFIGURATION, f"{path} is not the policy file this release knows: {error!r}."
         ) from error
+    unknown = sorted({part for parts in form.policies.values() for part in parts} - form.components.keys())
+    if unknown or form.default_policy not in form.policies:
+        what = f"the component {unknown[0]!r}" if unknown else f"the default policy {form.default_policy!r}"
+        raise LauncherError(ExitCode.BAD_CONFIGURATION, f"{path} does not define {what}, which it uses.")
+    return form
 
 
 def read_quantization(path: Path, section: dict[str, Any] | None, form: Format) -> Quantization | None:

@@ -14,7 +14,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from step128_launcher.checkpoint import KvScale, ModelFootprint
+from step128_launcher.footprint import KvScale, ModelFootprint
 from step128_launcher.load_report import DRAFT, TARGET, LoadReport
 from step128_launcher.plan import Plan
 

@@ -12,6 +12,8 @@ _PHASES = (
     ("KV cache size", "KV cache allocated"),
     ("Available KV cache memory", "allocating the KV cache"),
     ("Explicitly set (", "allocating the KV cache"),
+    ("Capturing CUDA graphs", "capturing graphs"),
+    ("torch.compile took", "compiled"),
     ("Model loading took", "weights loaded"),
     ("Loading drafter model", "loading the MTP draft"),
     ("Loading weights took", "weights loaded"),
@@ -25,7 +27,7 @@ _PHASES = (
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:ERROR|WARNING|INFO)\s+\d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b(?::|$)")
 _STEP128 = re.compile(r"(?:^|[\s:])step128: (.+)$")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 # What vLLM's outer processes say when an inner one died; the cause stands further up.
 _CONSEQUENCES = (
@@ -56,7 +58,7 @@ def read_tail(path: Path) -> list[str]:
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return []
-    return [_PREFIX.sub("", _ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+    return [_PREFIX.sub("", ANSI.sub("", line)).rstrip() for line in text.splitlines()]
 
 
 def plugin_error(lines: list[str]) -> str | None:
@@ -86,11 +88,12 @@ def remedy(lines: list[str]) -> str | None:
 
 
 class LogFollower:
-    """Yields the lines appended to a file since the last call."""
+    """Yields the lines appended to a file since the last call; progress bars end theirs with a carriage return."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._pending = ""
 
     def new_lines(self) -> Sequence[str]:
         """Return the complete lines added; a line still being written stays for the next call."""
@@ -100,6 +103,12 @@ class LogFollower:
                 data = file.read()
         except FileNotFoundError:
             return []
-        complete = data.rfind(b"\n") + 1
+        complete = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         self._offset += complete
-        return data[:complete].decode("utf-8", errors="replace").splitlines()
+        self._pending = data[complete:].decode("utf-8", errors="replace")
+        return [line for line in data[:complete].decode("utf-8", errors="replace").splitlines() if line]
+
+    @property
+    def pending(self) -> str:
+        """The line still being written: a progress bar's last state, which gets its end only with the next one."""
+        return self._pending

@@ -23,7 +23,9 @@ class Gpu:
     `integrated` GPUs have no memory of their own: theirs is the host's. `vram_*` then is only a carve-out that the
     firmware took from it (AMD), or absent (NVIDIA); `gtt_*` is host memory that the driver lets the GPU use.
     `visible_vram_bytes` is what the CPU can reach through the PCIe BAR. `visible` is False for a GPU that
-    HIP_, ROCR_ or CUDA_VISIBLE_DEVICES hides from a process started here.
+    HIP_, ROCR_ or CUDA_VISIBLE_DEVICES hides from a process started here. `kfd_node` is its place in the compute
+    driver's order, which HIP's indices follow; `unique_id` what a GPU-… identifier holds; `iommu_domain` the type of
+    its IOMMU domain ("identity", "DMA-FQ").
     """
 
     vendor: str
@@ -43,6 +45,9 @@ class Gpu:
     power_cap_watts: float | None = None
     render_node: str | None = None
     visible: bool = True
+    kfd_node: int | None = None
+    unique_id: str | None = None
+    iommu_domain: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.footprint import ModelFootprint
+from step128_launcher.job import Job, Patience
 from step128_launcher.machine.types import Hardware
-from step128_launcher.plan import Limits
+from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
 from step128_launcher.progress import Progress
-from step128_launcher.serve import Job, Supervisor
+from step128_launcher.serve import Supervisor
 from step128_launcher.status import ServerStatus, State
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
@@ -57,28 +58,56 @@ class Bench:
 
     def __init__(self, job: Job, spec: dict[str, Any], tmp_path: Path) -> None:
         self.job, self.spec, self.status = job, spec, ServerStatus()
+        self.plan = job.plan
+        self.patience = Patience(max_restarts=0, first_pause_seconds=0.05)
         self.spec_file = tmp_path / "spec.json"
         self.output = (tmp_path / "progress.txt").open("w+")
 
-    def run(self, mode: str = "ok", signals: tuple[int, ...] = (), **changes: Any) -> ExitCode:
-        self.spec_file.write_text(json.dumps(self.spec | {"mode": mode}))
-        job = replace(self.job, **changes)
-        supervisor = Supervisor(job, self.status, Progress(Console(file=self.output, width=200)))
+    def run(self, *modes: str, signals: tuple[int, ...] = (), starts: int = 1, **changes: Any) -> ExitCode:
+        """Serve with one mode a start, and send `signals` when the start number `starts` is ready."""
+        self.spec_file.write_text(json.dumps(self.spec | {"modes": modes or ["ok"]}))
+
+        def make_job(plan: Plan) -> Job:
+            argv = (*self.job.argv, str(plan.max_model_len))
+            return replace(self.job, **({"plan": plan, "argv": argv} | changes))
+
+        progress = Progress(Console(file=self.output, width=200))
+        supervisor = Supervisor(make_job, self.plan, self.status, progress, self.patience)
         if signals:
-            threading.Thread(target=self._signal_when_ready, args=(signals,), daemon=True).start()
+            threading.Thread(target=self._signal_when_ready, args=(signals, starts), daemon=True).start()
         return supervisor.run()
 
-    def _signal_when_ready(self, signals: tuple[int, ...]) -> None:
+    def when(self, condition: Callable[[], bool], number: int) -> None:
+        """Send this process a signal as soon as the condition holds."""
+
+        def wait() -> None:
+            wait_for(condition)
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def starts(self) -> int:
+        return int(Path(self.spec["starts_file"]).read_text())
+
+    def leaner(self, *context: int) -> None:
+        """Give the plan fallbacks of these context lengths."""
+        fallbacks = tuple(replace(self.plan, max_model_len=length) for length in context)
+        self.plan = replace(self.plan, fallbacks=fallbacks)
+
+    def _signal_when_ready(self, signals: tuple[int, ...], starts: int) -> None:
         deadline = time.monotonic() + 20
-        while self.status.snapshot().state is not State.READY and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while time.monotonic() < deadline:
+            ready = self.status.snapshot().state is State.READY
+            if ready and self.starts() >= starts:
+                break
+            time.sleep(0.02)
         for number in signals:
             os.kill(os.getpid(), number)
             time.sleep(0.2)
 
-    def fail(self, mode: str, **changes: Any) -> LauncherError:
+    def fail(self, *modes: str, **changes: Any) -> LauncherError:
         with pytest.raises(LauncherError) as caught:
-            self.run(mode, **changes)
+            self.run(*modes, **changes)
         assert self.status.snapshot().state is State.FAILED
         self.assert_nothing_left()
         return caught.value
@@ -102,7 +131,7 @@ def bench(
     plan = make_plan(make_machine(cpus=2), footprint, cpu_profile, Limits())
     state = tmp_path / "state"
     server = Server(footprint.path, "tiny", "127.0.0.1", free_port(), state / "load-reports", 1)
-    argv = (sys.executable, str(FAKE), str(tmp_path / "spec.json"))
+    argv = (sys.executable, "-S", str(FAKE), str(tmp_path / "spec.json"))
     environment = server_environment(os.environ, plan, server, "k")
     job = Job(plan, footprint, server, "k", argv, environment, state, start_timeout_seconds=20.0)
     scales = {str(layer): {"k": pair.k, "v": pair.v} for layer, pair in (footprint.kv_scales or {}).items()}
@@ -127,6 +156,7 @@ def bench(
     spec = {
         "port": server.port,
         "child_file": str(tmp_path / "child"),
+        "starts_file": str(tmp_path / "starts"),
         "metrics": f"# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{{{text}}} 1.0\n"
         + accepted_per_position(plan.num_speculative_tokens),
         "model": {"id": "tiny", "max_model_len": plan.max_model_len},

@@ -89,7 +89,7 @@ def test_the_plugins_complaint_is_a_bad_checkpoint(bench: Bench) -> None:
 
 
 def test_killed_from_outside_hints_at_memory(bench: Bench) -> None:
-    error = bench.fail("oom")
+    error = bench.fail("killed")
     assert error.exit_code == ExitCode.SERVER_FAILED and "ran out of memory" in error.message
 
 
@@ -145,13 +145,13 @@ def test_reports_of_an_earlier_run_do_not_count(bench: Bench) -> None:
 
 def test_metrics_show_plan_state_and_verification(bench: Bench) -> None:
     port = bench.free_port()
-    exporter = Exporter(bench.job.plan, bench.status, "127.0.0.1", port)
+    exporter = Exporter(bench.status, "127.0.0.1", port)
     try:
         bench.run(signals=(signal.SIGTERM,))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             text = response.read().decode()
         with pytest.raises(LauncherError, match="metrics port") as caught:
-            Exporter(bench.job.plan, bench.status, "127.0.0.1", port)
+            Exporter(bench.status, "127.0.0.1", port)
         assert caught.value.exit_code == ExitCode.PORT_IN_USE
     finally:
         exporter.close()

@@ -1,0 +1,114 @@
+"""`step128 doctor`: one check for each thing known to make a start fail, hang or crawl, with evidence and remedy."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from step128_launcher.checkpoint import read_footprint
+from step128_launcher.doctor import attention, checkpoint, containers, memory, power, rccl, versions, visibility
+from step128_launcher.doctor.all_reduce import check_all_reduce
+from step128_launcher.doctor.context import Context
+from step128_launcher.doctor.finding import FAIL, PASS, SKIP, WARN, Finding, failed, passed
+from step128_launcher.doctor.report import any_failed, findings_document, print_findings
+from step128_launcher.errors import LauncherError
+from step128_launcher.machine.types import Hardware
+from step128_launcher.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
+from step128_launcher.quantization import read_format
+
+__all__ = [
+    "FAIL",
+    "PASS",
+    "SKIP",
+    "WARN",
+    "Finding",
+    "any_failed",
+    "findings_document",
+    "print_findings",
+    "run_doctor",
+]
+
+CHECKS: tuple[Callable[[Context], Finding], ...] = (
+    visibility.check_unreadable,
+    visibility.check_gpus,
+    visibility.check_variables,
+    visibility.check_integrated,
+    visibility.check_order,
+    visibility.check_rank_count,
+    containers.check_devices,
+    containers.check_shared_memory,
+    containers.check_leftovers,
+    rccl.check_protocol,
+    rccl.check_peer_to_peer,
+    rccl.check_resizable_bar,
+    rccl.check_links,
+    rccl.check_numa,
+    rccl.check_iommu,
+    attention.check_backend,
+    attention.check_vision_backend,
+    attention.check_aiter,
+    attention.check_override,
+    attention.check_utilization,
+    memory.check_carve_out,
+    memory.check_gtt,
+    memory.check_ttm,
+    memory.check_container_limit,
+    memory.check_swap,
+    versions.check_kernel,
+    versions.check_firmware,
+    versions.check_virtual_machine,
+    power.check_power_caps,
+    power.check_equal_memory,
+    power.check_temperatures,
+    containers.check_caches,
+    checkpoint.check_checkpoint,
+    checkpoint.check_chat_template,
+    checkpoint.check_kv_scales,
+    checkpoint.check_mtp,
+    checkpoint.check_tuned_config,
+    memory.check_model_fits,
+)
+
+
+def run_doctor(
+    hardware: Hardware,
+    profile_name: str | None,
+    environment: Mapping[str, str],
+    *,
+    configs_dir: Path,
+    model: Path | None,
+    all_reduce: bool,
+    all_reduce_on_cpu: bool = False,
+    root: Path = Path("/"),
+) -> list[Finding]:
+    """Run every check on the machine `hardware` was read from, below `root`.
+
+    `environment` is what a server started here would inherit. Without a name the profile is the one `plan` would
+    choose. Nothing is raised for a bad profile or checkpoint: each is a finding.
+    """
+    profile, profile_finding = _read_profile(hardware, profile_name, environment, configs_dir)
+    context = Context(hardware, environment, profile, root, configs_dir, model)
+    findings = [profile_finding]
+    checks = CHECKS
+    if model is not None:
+        try:
+            footprint = read_footprint(model, read_format(configs_dir))
+            context = Context(hardware, environment, profile, root, configs_dir, model, footprint)
+        except LauncherError as error:
+            findings.append(failed("checkpoint", error.message, error.hint or "Fetch or make the checkpoint again."))
+            checks = tuple(check for check in CHECKS if check is not checkpoint.check_checkpoint)
+    findings += [check(context) for check in checks]
+    findings.append(check_all_reduce(context, wanted=all_reduce or all_reduce_on_cpu, on_cpu=all_reduce_on_cpu))
+    return findings
+
+
+def _read_profile(
+    hardware: Hardware, name: str | None, environment: Mapping[str, str], configs_dir: Path
+) -> tuple[Profile | None, Finding]:
+    user_dir = user_profiles_dir(environment)
+    try:
+        if name is None:
+            names = profile_files(configs_dir, user_dir)
+            name = choose_profile({one: load_profile(configs_dir, one, user_dir) for one in names}, hardware)
+        profile = load_profile(configs_dir, name, user_dir)
+    except LauncherError as error:
+        return None, failed("profile", error.message, error.hint)
+    return profile, passed("profile", f"{profile.name}: {profile.description}")

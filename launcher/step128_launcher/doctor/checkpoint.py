@@ -1,0 +1,133 @@
+"""What the checkpoint lacks that a server only shows as bad answers, slow decoding or a failed start."""
+
+import json
+import re
+
+from step128_launcher.doctor.context import Context
+from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
+from step128_launcher.sizes import format_bytes
+
+_NO_MODEL = "no checkpoint was given"
+# What vLLM calls these GPUs in the names of its tuned configurations; two names of the R9700 are in use.
+_DEVICE_NAMES = {
+    "1002:7551": ("AMD_Radeon_AI_PRO_R9700", "AMD_Radeon_R9700"),
+    "1002:1586": ("AMD_Radeon_8060S_Graphics", "AMD_Radeon_8060S"),
+    "1002:7448": ("AMD_Radeon_PRO_W7900",),
+}
+
+
+def check_checkpoint(context: Context) -> Finding:
+    """What the launcher read; a checkpoint that cannot be read is reported where it is read."""
+    if context.footprint is None:
+        return skipped("checkpoint", _NO_MODEL)
+    found = context.footprint
+    quantized = f"{found.quantization.method} ({found.quantization.policy})" if found.quantization else "not quantized"
+    return passed("checkpoint", f"{found.tensors} tensors, {format_bytes(found.stored_bytes)}, {quantized}")
+
+
+def check_kv_scales(context: Context) -> Finding:
+    """An FP8 KV cache without calibrated scales loses quality at depth."""
+    name = "kv-scales"
+    if context.footprint is None:
+        return skipped(name, _NO_MODEL)
+    scales, missing = context.footprint.kv_scales, context.footprint.unscaled_layers
+    remedy = "step128-checkpoint calibrate-kv, or serve with --kv-cache-dtype auto (twice the memory)."
+    if scales is None:
+        return warned(name, "the checkpoint has no KV-cache scales: an FP8 cache would use 1.0 for every layer", remedy)
+    if missing:
+        layers = ", ".join(map(str, missing))
+        return warned(name, f"no scales for the MTP layers {layers}: drafts may be accepted less often", remedy)
+    if all(scale.k == 1.0 and scale.v == 1.0 for scale in scales.values()):
+        return warned(name, f"all {len(scales)} scales are 1.0, so nothing was calibrated", remedy)
+    return passed(name, f"{len(scales)} layers calibrated")
+
+
+def check_mtp(context: Context) -> Finding:
+    """Converters often drop the MTP layers; speculation then is impossible."""
+    name = "mtp"
+    if context.footprint is None:
+        return skipped(name, _NO_MODEL)
+    found, announced = context.footprint.mtp_layers, context.footprint.config.num_mtp_layers
+    if found:
+        return passed(name, f"{found} MTP layers")
+    return warned(
+        name,
+        f"config.json announces {announced} MTP layers, the shards hold none: no speculative decoding",
+        "Use a checkpoint with the MTP layers (3 behind the trunk), or accept the lower speed.",
+    )
+
+
+def check_chat_template(context: Context) -> Finding:
+    """Without a template there are no chat requests; one that knows no tools loses their results."""
+    name = "chat-template"
+    if context.model is None:
+        return skipped(name, _NO_MODEL)
+    template = _template(context)
+    if template is None:
+        return failed(
+            name,
+            f"no chat_template.jinja and no chat_template in {context.model / 'tokenizer_config.json'}",
+            "Copy chat_template.jinja of the original model into the folder: /v1/chat/completions needs it.",
+        )
+    lacks = []
+    if not re.search(r"role'?\]?\s*==\s*['\"]tool['\"]|\btool_response\b", template):
+        lacks.append("tool results (role 'tool')")
+    if not re.search(r"is (not )?(string|iterable|sequence)", template):
+        lacks.append("content given as a list of parts (images)")
+    if lacks:
+        remedy = (
+            "Use the original model's template; ask the server for a tool call and its answer before relying on it."
+        )
+        return warned(name, "the template shows no handling of " + " and of ".join(lacks), remedy)
+    return passed(name, "handles tool results and content in parts")
+
+
+def check_tuned_config(context: Context) -> Finding:
+    """A tuned MoE configuration is found by its exact file name only; else vLLM takes defaults, and says so once."""
+    name = "tuned-config"
+    if context.footprint is None:
+        return skipped(name, _NO_MODEL)
+    gpus = context.hardware.usable_gpus
+    if not gpus:
+        return skipped(name, "no usable GPU")
+    folder = context.setting("VLLM_TUNED_CONFIG_FOLDER")[0]
+    folders = [context.configs_dir / "tuned", *([context.root / folder.lstrip("/")] if folder else [])]
+    files = sorted(path.name for one in folders for path in one.glob("*.json"))
+    broken = [file for file in files if "Mock" in file or "device_name=None" in file]
+    if broken:
+        return warned(name, f"{broken[0]} was made where the GPU's name could not be read", "Delete it and tune again.")
+    config = context.footprint.config
+    ranks = len(context.cards) or 1
+    shape = f"E={config.num_experts},N={config.moe_intermediate_size // ranks},"
+    devices = _DEVICE_NAMES.get(gpus[0].pci_id, (gpus[0].name.replace(" ", "_"),))
+    matching = [file for file in files if any(file.startswith(f"{shape}device_name={device}") for device in devices)]
+    if matching:
+        return passed(name, matching[0])
+    return warned(
+        name,
+        f"no tuned configuration {shape}device_name={devices[0]},….json for {ranks} rank(s) in "
+        + " or ".join(map(str, folders)),
+        "Nothing is wrong but the speed: the kernels run with their default tiles until one is made.",
+    )
+
+
+def _template(context: Context) -> str | None:
+    if context.model is None:
+        return None
+    for file in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        try:
+            text = (context.model / file).read_text(encoding="utf-8", errors="replace")
+            document = text if file.endswith(".jinja") else json.loads(text)
+        except (OSError, ValueError, RecursionError):
+            continue  # the next file may have it; that none has it is what is reported
+        template = document if isinstance(document, str) else _field(document)
+        if template:
+            return template
+    return None
+
+
+def _field(document: object) -> str | None:
+    value = document.get("chat_template") if isinstance(document, dict) else None
+    if isinstance(value, list):  # several named templates
+        value = " ".join(str(one.get("template", "")) for one in value if isinstance(one, dict))
+    return value if isinstance(value, str) and value.strip() else None

@@ -1,0 +1,38 @@
+"""The memory a server may use: of each GPU, and of the host; on unified machines both are the same memory.
+
+AMD: a discrete GPU has its VRAM. An integrated one takes its allocations from GTT, host memory that the driver lets it
+use, when GTT is larger than the carve-out, else from the carve-out (Linux commit 759e764); never from both, so they are
+not added. GTT is bounded by GTT's own size, by TTM's pages_limit and by the memory the host has left. HIP's own
+"total" is no help there (it may count none of these). NVIDIA: an integrated GPU uses the host's memory.
+"""
+
+from dataclasses import dataclass
+
+from step128_launcher.machine.types import NVIDIA, Gpu, Hardware
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """One GPU's memory: what there is and what is free now; `unified` if it is taken from the host's."""
+
+    total_bytes: int
+    free_bytes: int
+    unified: bool
+    what: str
+
+
+def device_memory(hardware: Hardware, gpu: Gpu) -> DeviceMemory:
+    """Return what one GPU can allocate; 0 where the machine does not tell."""
+    vram = gpu.vram_total_bytes or 0
+    if not gpu.integrated:
+        return DeviceMemory(vram, max(0, vram - (gpu.vram_used_bytes or 0)), False, "VRAM")
+    if gpu.vendor == NVIDIA:
+        total = hardware.memory_total_bytes
+        return DeviceMemory(total, hardware.memory_available_bytes, True, "share of host memory")
+    gtt = gpu.gtt_total_bytes or 0
+    if vram >= gtt:
+        return DeviceMemory(vram, max(0, vram - (gpu.vram_used_bytes or 0)), False, "carve-out")
+    limits = [gtt, *(limit.limit_bytes for limit in hardware.ttm_limits), hardware.memory_total_bytes]
+    total = min(limits)
+    free = min(max(0, total - (gpu.gtt_used_bytes or 0)), hardware.memory_available_bytes)
+    return DeviceMemory(total, free, True, "GTT")

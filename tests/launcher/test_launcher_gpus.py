@@ -1,0 +1,300 @@
+"""What the probe finds in each machine's tree, what hides GPUs, and NVIDIA's tool."""
+
+import filecmp
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+from step128_launcher.hardware import probe
+from step128_launcher.machine import nvidia
+from step128_launcher.machine.kfd import gfx_target
+from step128_launcher.machine.reader import Reader
+from step128_launcher.machine.types import Gpu, PcieLink, TtmLimit
+
+MACHINES = Path(__file__).parents[1] / "machines"
+MIB, GIB = 2**20, 2**30
+R9700_BYTES = 32624 * MIB
+
+
+def test_trees_are_what_their_script_writes(tmp_path: Path) -> None:
+    runpy.run_path(str(MACHINES / "make_trees.py"))["make_all"](tmp_path)
+    for made in sorted(tmp_path.iterdir()):
+        files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+        here = MACHINES / made.name
+        assert sorted(files) == sorted(path.relative_to(here) for path in here.rglob("*") if path.is_file())
+        equal, different, errors = filecmp.cmpfiles(made, here, map(str, files), shallow=False)
+        assert not different and not errors and len(equal) == len(files)
+        assert (here / "ORIGIN").read_text().startswith("Made from the documented paths and units, not recorded.")
+
+
+def test_quad_r9700() -> None:
+    found = probe(MACHINES / "quad-r9700", {})
+    assert found.unreadable == ()
+    assert [gpu.pci_address for gpu in found.gpus] == [f"0000:{bus:02x}:00.0" for bus in (0x03, 0x23, 0x43, 0x63)]
+    for number, gpu in enumerate(found.gpus):
+        assert gpu == Gpu(
+            vendor="amd",
+            pci_address=gpu.pci_address,
+            pci_id="1002:7551",
+            name="AMD Radeon AI PRO R9700",
+            target="gfx1201",
+            compute_units=64,
+            integrated=False,
+            vram_total_bytes=R9700_BYTES,
+            vram_used_bytes=64 * MIB,
+            visible_vram_bytes=R9700_BYTES,
+            gtt_total_bytes=found.memory_total_bytes // 2,
+            gtt_used_bytes=24 * MIB,
+            link=PcieLink(16.0, 16, 16.0, 16),
+            numa_node=0,
+            power_cap_watts=300.0,
+            render_node=f"/dev/dri/renderD{128 + number}",
+            visible=True,
+            kfd_node=number + 1,
+            unique_id=f"{0x5A5A00000080 + number:016x}",
+            iommu_domain="identity",
+        )
+    assert found.has_amd_gpu and not found.has_nvidia_gpu and found.container is None
+    assert found.ttm_limits == (TtmLimit("ttm", found.memory_total_bytes // 2),)
+    assert found.kernel_release == "6.18.7" and "iommu=pt" in (found.kernel_command_line or "")
+    assert found.groups == (44, 992, 1000) and len(found.cpu_ids) == 32
+    assert found.shm_bytes == found.memory_total_bytes // 2 and found.swap_total_bytes == 8388604 * 1024
+    assert [node.path for node in found.device_nodes][:2] == ["/dev/kfd", "/dev/dri/renderD128"]
+    assert found.firmware["rocm"] == "7.2.1" and found.firmware["librccl"] == "1.0.70201"
+    assert found.firmware["0000:63:00.0 mes"] == "0x00000083"
+    assert found.firmware["0000:03:00.0 vbios"] == "113-MADE-7551"
+
+
+def test_quad_48gb() -> None:
+    found = probe(MACHINES / "quad-48gb", {})
+    assert [(gpu.target, gpu.compute_units, gpu.integrated) for gpu in found.gpus] == [("gfx1100", 96, False)] * 4
+    assert {gpu.vram_total_bytes for gpu in found.gpus} == {48 * GIB - 16 * MIB}
+
+
+def test_the_slot_not_the_chip_is_the_link() -> None:
+    """The card's inner link is 32 GT/s x16 in every tree; this desktop's slot gives 8 lanes at 16 GT/s."""
+    (gpu,) = probe(MACHINES / "single-r9700", {}).gpus
+    assert gpu.link == PcieLink(16.0, 8, 16.0, 8) and gpu.numa_node is None and gpu.iommu_domain == "DMA-FQ"
+
+
+def test_card_beside_an_integrated_gpu() -> None:
+    card, small = probe(MACHINES / "r9700-plus-igpu", {}).gpus
+    assert (card.target, card.integrated, small.target, small.integrated) == ("gfx1201", False, "gfx1036", True)
+    assert small.link is None and small.power_cap_watts is None and small.compute_units == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "vram", "gtt"),
+    [("default", GIB // 2, 125 * GIB // 2), ("gtt120", GIB // 2, 120 * GIB), ("carveout96", 96 * GIB, 15 * GIB)],
+)
+def test_strix_halo(name: str, vram: int, gtt: int) -> None:
+    found = probe(MACHINES / f"strix-halo-128-{name}", {})
+    (gpu,) = found.gpus
+    assert gpu.integrated and (gpu.target, gpu.compute_units) == ("gfx1151", 40)
+    assert (gpu.vram_total_bytes, gpu.gtt_total_bytes) == (vram, gtt)
+    assert found.ttm_limits == (TtmLimit("ttm", gtt),)
+    assert found.memory_total_bytes == (30 if name == "carveout96" else 125) * GIB
+
+
+def test_lxc_container_sees_the_hosts_memory_and_its_own_limit() -> None:
+    found = probe(MACHINES / "strix-halo-lxc", {})
+    assert found.container == "lxc" and found.memory_total_bytes == 125 * GIB
+    assert (found.cgroup_limit_bytes, found.memory_available_bytes) == (64 * GIB, 62 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "target", "driver"),
+    [("dgx-spark", "000f:01:00.0", "sm_121", "580.95.05"), ("jetson-thor", "0000:01:00.0", "sm_110", "580.00")],
+)
+def test_nvidia_boxes_with_unified_memory(name: str, address: str, target: str, driver: str) -> None:
+    found = probe(MACHINES / name, {})
+    (gpu,) = found.gpus
+    assert (gpu.vendor, gpu.pci_address, gpu.target, gpu.integrated) == ("nvidia", address, target, True)
+    assert gpu.vram_total_bytes is None and gpu.link is None and found.firmware["nvidia"] == driver
+    assert found.has_nvidia_gpu and found.unreadable == ()
+
+
+def test_no_gpu() -> None:
+    found = probe(MACHINES / "no-gpu", {})
+    assert found.gpus == () and found.device_nodes == () and found.unreadable == ()
+
+
+@pytest.mark.parametrize(
+    ("version", "target"),
+    [(120001, "gfx1201"), (110501, "gfx1151"), (100306, "gfx1036"), (90010, "gfx90a"), (0, None), (2**32 - 1, None)],
+)
+def test_gfx_targets(version: int, target: str | None) -> None:
+    assert gfx_target(version) == target
+
+
+A, B, C, D = (f"0000:{bus}:00.0" for bus in ("03", "23", "43", "63"))
+SECOND = "GPU-00005A5A00000081"
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible"),
+    [
+        ({}, [A, B, C, D]),
+        ({"HIP_VISIBLE_DEVICES": "0,2"}, [A, C]),
+        ({"HIP_VISIBLE_DEVICES": ""}, [A, B, C, D]),
+        ({"HIP_VISIBLE_DEVICES": "-1"}, []),
+        ({"HIP_VISIBLE_DEVICES": "1,7,2"}, [B]),
+        ({"ROCR_VISIBLE_DEVICES": ""}, []),
+        ({"ROCR_VISIBLE_DEVICES": f"0,{SECOND}"}, [A, B]),
+        ({"ROCR_VISIBLE_DEVICES": "2,3", "HIP_VISIBLE_DEVICES": "1"}, [D]),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, [D]),
+        ({"CUDA_VISIBLE_DEVICES": "3", "HIP_VISIBLE_DEVICES": "0"}, [A]),
+        ({"GPU_DEVICE_ORDINAL": "1"}, [B]),
+    ],
+)
+def test_visible_devices(environment: dict[str, str], visible: list[str]) -> None:
+    found = probe(MACHINES / "quad-r9700", environment | {"HOME": "/"})
+    assert [gpu.pci_address for gpu in found.usable_gpus] == visible
+    assert found.visible_devices == environment and len(found.gpus) == 4
+
+
+@pytest.mark.parametrize("value", ["0000:03:00.0", "all", "GPU-"])
+def test_a_form_not_understood_hides_nothing_and_is_said(value: str) -> None:
+    found = probe(MACHINES / "r9700-plus-igpu", {"HIP_VISIBLE_DEVICES": value})
+    assert len(found.usable_gpus) == 2
+    assert any("HIP_VISIBLE_DEVICES" in line and value in line for line in found.unreadable)
+
+
+def test_indices_need_the_compute_drivers_order(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "quad-r9700", tree, symlinks=True)
+    shutil.rmtree(tree / "sys/class/kfd")
+    found = probe(tree, {"HIP_VISIBLE_DEVICES": "0"})
+    assert len(found.usable_gpus) == 4 and any("order" in line for line in found.unreadable)
+    # Without the driver's topology the cards are still known as cards, and the Strix Halo below as integrated.
+    assert not any(gpu.integrated for gpu in found.gpus)
+    tree = tmp_path / "strix"
+    shutil.copytree(MACHINES / "strix-halo-128-default", tree, symlinks=True)
+    shutil.rmtree(tree / "sys/class/kfd")
+    assert probe(tree, {}).gpus[0].integrated
+
+
+def test_indices_count_in_the_compute_drivers_order(tmp_path: Path) -> None:
+    """HIP's first GPU is KFD's first node, whatever its PCI address."""
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "r9700-plus-igpu", tree, symlinks=True)
+    nodes = tree / "sys/class/kfd/kfd/topology/nodes"
+    (nodes / "1").rename(nodes / "3")
+    (gpu,) = probe(tree, {"HIP_VISIBLE_DEVICES": "0"}).usable_gpus
+    assert gpu.integrated
+
+
+def test_unknown_gpu_is_integrated_if_the_driver_gives_it_no_memory_controller(tmp_path: Path) -> None:
+    """A future device: no known id, no known target."""
+    for name, integrated in (("strix-halo-128-default", True), ("single-r9700", False)):
+        tree = tmp_path / name
+        shutil.copytree(MACHINES / name, tree, symlinks=True)
+        (tree / "sys/class/drm/card1/device/device").write_text("0x9999\n")
+        properties = tree / "sys/class/kfd/kfd/topology/nodes/1/properties"
+        text = properties.read_text().replace("110501", "130001").replace("120001", "130001")
+        properties.write_text(text)
+        (gpu,) = probe(tree, {}).gpus
+        assert (gpu.target, gpu.integrated, gpu.name) == ("gfx1301", integrated, "AMD GPU 0x9999")
+        properties.write_text(text.replace("cpu_cores_count 0", "cpu_cores_count 8"))
+        assert probe(tree, {}).gpus[0].integrated
+
+
+def test_gpus_that_the_container_denies_are_not_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container given one render node: the compute driver answers EPERM for the other cards' nodes."""
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "quad-r9700", tree, symlinks=True)
+    real = Path.read_text
+
+    def read_text(path: Path, **options: str) -> str:
+        if path.match("nodes/[234]/properties"):
+            raise PermissionError(1, "Operation not permitted")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    found = probe(tree, {})
+    assert [gpu.pci_address for gpu in found.usable_gpus] == [A] and len(found.gpus) == 4
+    assert sum("Operation not permitted" in line for line in found.unreadable) == 3
+
+
+def test_cards_of_other_drivers_are_passed_over(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "single-r9700", tree, symlinks=True)
+    device = tree / "sys/class/drm/card1/device"
+    (device / "uevent").write_text("DRIVER=vfio-pci\nPCI_SLOT_NAME=0000:03:00.0\n")
+    assert probe(tree, {}).gpus == ()
+
+
+CARD = (
+    "00000000:01:00.0, 0x2BB410DE, NVIDIA RTX PRO 6000, GPU-1234, 12.0, 97887, 512, 600.00, 5, 5, 16, 16, 580.1, 98.0"
+)
+
+
+def _nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Reader:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return Reader(Path("/"))
+
+
+def test_nvidia_card_by_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = _nvidia_smi(tmp_path, monkeypatch, f"echo '{CARD}'")
+    (gpu,), versions = nvidia.read_nvidia_gpus(reader, has_driver=True)
+    assert (gpu.pci_address, gpu.pci_id, gpu.target, gpu.integrated) == ("0000:01:00.0", "10de:2bb4", "sm_120", False)
+    assert (gpu.vram_total_bytes, gpu.vram_used_bytes, gpu.power_cap_watts) == (97887 * MIB, 512 * MIB, 600.0)
+    assert gpu.link == PcieLink(32.0, 16, 32.0, 16) and reader.notes == []
+    assert versions == {"nvidia": "580.1", "0000:01:00.0 vbios": "98.0"}
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'Driver/library version mismatch'; exit 18", "exit 18: Driver/library version mismatch"),
+        ("exec sleep 30", "timed out"),
+        ("echo 'No devices were found'", "is not the answer"),
+    ],
+)
+def test_nvidias_tool_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
+    monkeypatch.setattr(nvidia, "_TIMEOUT_SECONDS", 0.3)
+    reader = _nvidia_smi(tmp_path, monkeypatch, script)
+    assert nvidia.read_nvidia_gpus(reader, has_driver=True) == ((), {})
+    assert len(reader.notes) == 1 and said in reader.notes[0]
+
+
+def test_nvidias_tool_is_not_run_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = _nvidia_smi(tmp_path, monkeypatch, f"echo '{CARD}'")
+    assert nvidia.read_nvidia_gpus(reader, has_driver=False) == ((), {})
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert nvidia.read_nvidia_gpus(reader, has_driver=True) == ((), {})
+    assert "No such file" in reader.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        (" 97887,", " [Unknown Error],", "vram_total_bytes"),
+        (" 600.00,", " [Unknown Error],", "power_cap_watts"),
+        (" 12.0,", " ?,", "target"),
+        (" 5, 5, 16,", " 99, 5, 16,", "link"),
+    ],
+)
+def test_one_bad_field_of_nvidias_answer_costs_that_field(tmp_path: Path, old: str, new: str, lost: str) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "dgx-spark", tree)
+    (tree / nvidia.RECORDED).write_text(CARD.replace(old, new) + "\n")
+    found = probe(tree, {})
+    (gpu,) = found.gpus
+    assert getattr(gpu, lost) is None and not gpu.integrated and gpu.name == "NVIDIA RTX PRO 6000"
+    assert len(found.unreadable) == 1 and "0000:01:00.0" in found.unreadable[0]
+
+
+@pytest.mark.parametrize(("value", "visible"), [("", 0), ("0", 1), ("GPU-1234", 1), ("1", 0), ("MIG-1", 1)])
+def test_cuda_visible_devices(tmp_path: Path, value: str, visible: int) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "dgx-spark", tree)
+    (tree / nvidia.RECORDED).write_text(CARD + "\n")
+    found = probe(tree, {"CUDA_VISIBLE_DEVICES": value, "HIP_VISIBLE_DEVICES": "5"})
+    assert len(found.usable_gpus) == visible
+    assert any("MIG-1" in line for line in found.unreadable) == (value == "MIG-1")

@@ -1,0 +1,115 @@
+"""vLLM's own figures for the real-size model, made once a session in one process (see meta_models.py)."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step128_launcher.checkpoint import ModelFootprint, assume_footprint
+from step128_launcher.quantization import CODEBOOK, Format
+
+# Dimensions of Step-3.7-Flash pruned to 240 experts (its source: README.md beside it).
+REAL_CONFIG = Path(__file__).parents[2] / "data" / "step-3.7-flash-240" / "config.json"
+RANKS = (1, 2, 4, 8)
+POLICIES = (None, "experts", "all-linears", "all")
+UNEVEN = "235 experts"  # not a policy: unquantized, another number of experts
+KV_AXES: dict[str, list[Any]] = {
+    "drafts": [0, 3],
+    "element": [1, 2],
+    "block": [16, 64, 128],
+    "batched": [2048, 8192],
+    "asynchronous": [False, True],
+    "context": [8192, 131072, 204800, 262144],
+}
+
+
+def _case(folder: Path, ranks: int, *, vision: bool = True, expert_parallel: bool = False) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "ranks": ranks,
+        "vision": vision,
+        "expert_parallel": expert_parallel,
+        "kv_cache_dtype": "auto" if folder.name in ("None", UNEVEN) else "fp8",
+    }
+
+
+def _cases(folders: dict[str | None, Path]) -> dict[str, dict[str, Any]]:
+    """Name -> case; the name is policy/ranks and what is unusual."""
+    cases = {f"{policy}/{ranks}": _case(folders[policy], ranks) for policy, ranks in itertools.product(POLICIES, RANKS)}
+    for policy in (None, "all"):
+        cases[f"{policy}/4/text"] = _case(folders[policy], 4, vision=False)
+    # More ranks than KV heads; experts shared out whole, and a number of them that 4 ranks do not divide.
+    cases["all-linears/16"] = _case(folders["all-linears"], 16)
+    cases["None/4/ep"] = _case(folders[None], 4, expert_parallel=True)
+    cases["all/8/ep"] = _case(folders["all"], 8, expert_parallel=True)
+    cases[f"{UNEVEN}/4/ep"] = _case(folders[UNEVEN], 4, expert_parallel=True)
+    return cases
+
+
+@pytest.fixture(scope="session")
+def real_footprints(tmp_path_factory: pytest.TempPathFactory, nl4_format: Format) -> dict[str | None, ModelFootprint]:
+    """Policy -> footprint of the real config.json, whose folder vLLM can read as a checkpoint's."""
+    footprints = {}
+    for policy in (*POLICIES, UNEVEN):
+        folder = tmp_path_factory.mktemp("real") / str(policy)
+        folder.mkdir()
+        document = json.loads(REAL_CONFIG.read_text())
+        if policy == UNEVEN:
+            document["text_config"]["moe_num_experts"] = 235
+        elif policy is not None:
+            components = list(nl4_format.policies[policy])
+            document["quantization_config"] = _quantization(nl4_format, policy, components)
+        (folder / "config.json").write_text(json.dumps(document))
+        footprints[policy] = assume_footprint(folder, nl4_format, None)
+    return footprints
+
+
+def _quantization(form: Format, policy: str, components: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": form.name,
+        "format_version": form.version,
+        "group_size": form.group_size,
+        "bits_per_weight": form.bits_per_weight,
+        "codebook": list(CODEBOOK),
+        "scale_dtype": "float16",
+        "policy": policy,
+        "quantized_components": components,
+        "unquantized_components": [],
+        "scale_search": "mse",
+        "importance": None,
+    }
+
+
+@pytest.fixture(scope="session")
+def vllm_figures(
+    tmp_path_factory: pytest.TempPathFactory, real_footprints: dict[str | None, ModelFootprint]
+) -> Callable[[], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("vllm")
+    done: list[dict[str, Any]] = []
+
+    def figures() -> dict[str, Any]:
+        if not done:
+            done.append({})  # a failure is not tried again for every test
+            cases = _cases({policy: footprint.path for policy, footprint in real_footprints.items()})
+            kv = {"models": [f"all-linears/{ranks}" for ranks in RANKS], "axes": KV_AXES}
+            (folder / "request.json").write_text(json.dumps({"models": cases, "kv": kv}))
+            script = Path(__file__).parent / "meta_models.py"
+            process = subprocess.run(
+                [sys.executable, str(script), str(folder / "request.json"), str(folder / "result.json")],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                check=False,
+            )
+            assert process.returncode == 0, process.stdout + process.stderr
+            done[0] = {"cases": cases} | json.loads((folder / "result.json").read_text())
+        assert done[0], "vLLM's figures could not be made: see the first test that asked for them"
+        return done[0]
+
+    return figures
