@@ -74,9 +74,10 @@ def make_budget(hardware: Hardware, profile: Profile, limits: Limits) -> Budget:
             f"The memory of {gpus[0].name} cannot be read.",
             "; ".join(hardware.unreadable) or "step128 doctor says what could not be read.",
         )
+    used = min(len(gpus), max(profile.tensor_parallel_sizes))
     share = min(int(total * profile.usable_fraction), free)
     return Budget(
-        where=f"each of {len(gpus)} GPUs" if len(gpus) > 1 else f"the GPU's {memories[0].what}",
+        where=f"each of {used} GPUs" if used > 1 else f"the GPU's {memories[0].what}",
         gpus=gpus,
         total_bytes=total,
         available_bytes=free,

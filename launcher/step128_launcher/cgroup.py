@@ -7,7 +7,7 @@ cgroup-v1 memory document (memory.limit_in_bytes, memory.usage_in_bytes).
 from dataclasses import dataclass
 from pathlib import Path
 
-from step128_launcher.machine.reader import whole_number
+from step128_launcher.machine.reader import exists, whole_number
 
 # cgroup v1 has no word for "no limit": it reports the largest multiple of a page, close to 2^63.
 _V1_UNLIMITED_BYTES = 2**60
@@ -30,11 +30,11 @@ def read_cgroup(root: Path) -> Cgroup:
     """Read the group of the process whose /proc/self/cgroup lies below `root`."""
     mount = root / "sys/fs/cgroup"
     paths = _own_paths(root / "proc/self/cgroup")
-    if (mount / "cgroup.controllers").exists():
+    if exists(mount / "cgroup.controllers"):
         levels = _levels(mount, paths.get(""))
         limit, headroom = _memory(levels, "memory.max", "memory.current", "inactive_file")
         return Cgroup(2, limit, headroom, min(filter(None, map(_quota_v2, levels)), default=None))
-    if (mount / "memory/memory.limit_in_bytes").exists():
+    if exists(mount / "memory/memory.limit_in_bytes"):
         levels = _levels(mount / "memory", paths.get("memory"))
         limit, headroom = _memory(levels, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         quotas = map(_quota_v1, _levels(mount / "cpu", paths.get("cpu")))
@@ -68,7 +68,7 @@ def _levels(mount: Path, own: str | None) -> list[Path]:
     """
     levels = [mount]
     for part in Path(own or "/").parts[1:]:
-        if not (levels[-1] / part).is_dir():
+        if not exists(levels[-1] / part):
             return [mount]
         levels.append(levels[-1] / part)
     return levels

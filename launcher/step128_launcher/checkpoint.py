@@ -6,12 +6,20 @@ from pathlib import Path
 
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
 from step128_launcher.footprint import Component, KvScale, ModelFootprint, Part, add_up, is_mtp
+from step128_launcher.formats.forms import ForeignFormat, choose_tensors
+from step128_launcher.formats.registry import read_foreign
 from step128_launcher.kv_scales import read_kv_scales
 from step128_launcher.model_config import ModelConfig, read_model_config
 from step128_launcher.model_weights import PER_EXPERT_MARK
 from step128_launcher.quantization import Format, Quantization, read_quantization
 from step128_launcher.shards import StoredTensor, read_shards
-from step128_launcher.tensors import ExpectedTensor, expected_tensors, indivisible_columns, kv_scale_names
+from step128_launcher.tensors import (
+    ExpectedTensor,
+    expected_tensors,
+    indivisible_columns,
+    kv_scale_names,
+    stored_weights,
+)
 
 __all__ = ["Component", "KvScale", "ModelFootprint", "Part", "assume_footprint", "read_footprint"]
 
@@ -28,11 +36,15 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
 
     """
     config = read_model_config(folder)
-    quantization = read_quantization(folder / "config.json", config.quantization_config, form)
-    _check_groups(folder, config, form, quantization)
+    foreign = read_foreign(folder / "config.json", config.quantization_config, form.name)
+    own = None if foreign else read_quantization(folder / "config.json", config.quantization_config, form)
+    _check_groups(folder, config, form, own)
     stored, shards = read_shards(folder)
     per_expert = any(PER_EXPERT_MARK in name for name in stored)
-    table = expected_tensors(config, form, quantization, per_expert)
+    if foreign:
+        table = choose_tensors(stored_weights(config, form, per_expert), stored, form, foreign)
+    else:
+        table = expected_tensors(config, form, own, per_expert)
     scale_names = {name for layer in range(len(config.layer_types)) for name in kv_scale_names(layer)}
     mtp_layers = _mtp_layers(config, stored)
     if mtp_layers == 0:
@@ -40,6 +52,7 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
     _check_names(folder, table, {name: tensor for name, tensor in stored.items() if name not in scale_names})
     for name, expected in table.items():
         _check_tensor(stored[name], expected)
+    quantization = _foreign_quantization(folder, foreign, table) if foreign else own
     kv_scales = read_kv_scales(folder, config.num_hidden_layers, mtp_layers, stored)
     sizes = {name: tensor.stored_bytes for name, tensor in stored.items()}
     return ModelFootprint(
@@ -53,6 +66,17 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
         mtp_layers=mtp_layers,
         kv_scales=kv_scales,
     )
+
+
+def _foreign_quantization(folder: Path, foreign: ForeignFormat, table: dict[str, ExpectedTensor]) -> Quantization:
+    components = frozenset(tensor.component for tensor in table.values() if tensor.role == "packed")
+    if not components:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config.quant_method is {foreign.method!r}, "
+            f"but every tensor in {folder} is unquantized.",
+            "config.json and the shards are from different checkpoints; fetch both again.",
+        )
+    return Quantization(foreign.method, foreign.label, components)
 
 
 def assume_footprint(folder: Path, form: Format, policy: str | None) -> ModelFootprint:
@@ -90,6 +114,13 @@ def assume_footprint(folder: Path, form: Format, policy: str | None) -> ModelFoo
 
 def _assumed_quantization(folder: Path, config: ModelConfig, form: Format, policy: str | None) -> Quantization | None:
     if policy is None:
+        foreign = read_foreign(folder / "config.json", config.quantization_config, form.name)
+        if foreign:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: a checkpoint in {foreign.method} cannot be sized from config.json alone: "
+                "it does not say which weights are quantized.",
+                "Give the folder with the shards, or a policy of this project's own format.",
+            )
         return read_quantization(folder / "config.json", config.quantization_config, form)
     if policy not in form.policies:
         raise LauncherError(

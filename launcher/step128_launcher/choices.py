@@ -6,7 +6,8 @@ from step128_launcher.budget import Budget
 from step128_launcher.candidates import Space
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.footprint import ModelFootprint
-from step128_launcher.machine.types import Hardware
+from step128_launcher.machine.types import AMD, Gpu, Hardware
+from step128_launcher.machine.visibility import hip_order
 from step128_launcher.objective import WISHED_CONTEXT_TOKENS
 from step128_launcher.plan import Alternative, Limits
 from step128_launcher.profile_schema import AttentionBackend
@@ -169,6 +170,26 @@ def omp_threads_bind(hardware: Hardware, ranks: int) -> str:
         return "auto"
     share = len(cpus) // ranks
     return "|".join(",".join(map(str, cpus[rank * share : (rank + 1) * share])) for rank in range(ranks))
+
+
+def device_selection(hardware: Hardware, chosen: tuple[Gpu, ...]) -> tuple[tuple[str, str], ...]:
+    """Return the variable that shows vLLM the chosen GPUs only, if there are others it might take (an iGPU, say).
+
+    Nothing is set if the user has set such a variable: two of them together hang RCCL (peers: kyuz0's R9700 toolbox).
+    """
+    if hardware.visible_devices or not chosen:
+        return ()
+    same = tuple(gpu for gpu in hardware.usable_gpus if gpu.vendor == chosen[0].vendor)
+    if len(same) == len(chosen):
+        return ()
+    if chosen[0].vendor == AMD:
+        ordered = hip_order(same)
+        indices = [index for index, gpu in enumerate(ordered) if gpu in chosen]
+        name = "HIP_VISIBLE_DEVICES"
+    else:
+        indices = [index for index, gpu in enumerate(same) if gpu in chosen]
+        name = "CUDA_VISIBLE_DEVICES"
+    return ((name, ",".join(map(str, indices))),) if len(indices) == len(chosen) else ()
 
 
 def _tensor_parallel_sizes(

@@ -119,7 +119,7 @@ def _profiles(options: argparse.Namespace) -> ExitCode:
 
 
 def _doctor(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.doctor import run_doctor_command
+    from step128_launcher.doctor_command import run_doctor_command
 
     return run_doctor_command(options)
 

@@ -21,7 +21,11 @@ UNSET_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "STEP128_API_KEY")
 
 @dataclass(frozen=True)
 class Server:
-    """Where and under which name the model is served."""
+    """Where and under which name the model is served.
+
+    `measure_memory` leaves the KV cache's size to vLLM: only then does its log tell the peak of activations and what
+    the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py).
+    """
 
     model: Path
     served_model_name: str
@@ -29,6 +33,7 @@ class Server:
     port: int
     load_report_dir: Path
     shutdown_timeout_seconds: int
+    measure_memory: bool = False
 
     @property
     def base_url(self) -> str:
@@ -53,7 +58,7 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         *("--max-model-len", str(plan.max_model_len)),
         *("--block-size", str(plan.block_size)),
         *("--kv-cache-dtype", plan.kv_cache_dtype),
-        *("--kv-cache-memory-bytes", str(plan.kv_cache_memory_bytes)),
+        *_kv_cache_size(plan, server),
         *("--max-num-seqs", str(plan.max_num_seqs)),
         *("--max-num-batched-tokens", str(plan.max_num_batched_tokens)),
         *("--tensor-parallel-size", str(plan.tensor_parallel_size)),
@@ -73,8 +78,6 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         flags.append("--enforce-eager")
     if plan.attention_backend:
         flags += ["--attention-backend", plan.attention_backend]
-    if plan.gpu_memory_utilization is not None:
-        flags += ["--gpu-memory-utilization", f"{plan.gpu_memory_utilization:.2f}"]
     if plan.enable_expert_parallel:
         flags.append("--enable-expert-parallel")
     if not plan.vision:
@@ -82,6 +85,15 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         flags += ["--limit-mm-per-prompt", json.dumps({"image": 0})]
     flags += plan.arguments
     return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags)
+
+
+def _kv_cache_size(plan: Plan, server: Server) -> list[str]:
+    utilization = plan.gpu_memory_utilization
+    share = [] if utilization is None else ["--gpu-memory-utilization", f"{utilization:.2f}"]
+    if server.measure_memory:
+        # All of the budget, so that vLLM's own sizing finds room for one request.
+        return ["--gpu-memory-utilization", f"{plan.memory.budget_bytes / plan.memory.total_memory_bytes:.2f}"]
+    return [*share, "--kv-cache-memory-bytes", str(plan.kv_cache_memory_bytes)]
 
 
 def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os.environ) -> dict[str, str]:

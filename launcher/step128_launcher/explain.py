@@ -10,13 +10,19 @@ from step128_launcher.speculation import SHORT_CONTEXT_TOKENS, TIE
 
 
 def explain_choice(
-    best: Candidate, footprint: ModelFootprint, profile: Profile, limits: Limits, space: Space, judge: Judge
+    best: Candidate,
+    footprint: ModelFootprint,
+    profile: Profile,
+    limits: Limits,
+    space: Space,
+    judge: Judge,
+    worthwhile: int,
 ) -> tuple[str, ...]:
-    """Return one sentence for each setting that was decided."""
+    """Return one sentence for each setting that was decided; `worthwhile` is the depth that pays by the speed model."""
     sentences = [
         f"Objective {limits.objective}: strives for a context of {space.wished_context}.",
         _context(best, footprint, profile, limits, space),
-        _depth(best, footprint, limits, judge),
+        _depth(best, footprint, limits, judge, worthwhile),
         _kv_dtype(best, footprint, limits),
     ]
     if len(space.tensor_parallel_sizes) > 1:
@@ -72,7 +78,7 @@ def _context(best: Candidate, footprint: ModelFootprint, profile: Profile, limit
     return f"Context {best.context}: what the objective strives for, and it fits."
 
 
-def _depth(best: Candidate, footprint: ModelFootprint, limits: Limits, judge: Judge) -> str:
+def _depth(best: Candidate, footprint: ModelFootprint, limits: Limits, judge: Judge, worthwhile: int) -> str:
     depth = best.load.num_speculative_tokens
     if limits.num_speculative_tokens is not None:
         return f"MTP depth {depth}: asked for."
@@ -84,6 +90,11 @@ def _depth(best: Candidate, footprint: ModelFootprint, limits: Limits, judge: Ju
             "latency": "the fastest for one request",
             "throughput": "the most tokens a second with all requests running",
         }.get(limits.objective, f"the deepest within {TIE:.0%} of the fastest")
+        if limits.objective in ("balanced", "context") and depth != worthwhile:
+            return (
+                f"MTP depth {depth}: the speed model prefers {worthwhile} (modelled, not measured), but its weights "
+                "would shorten the context."
+            )
         return f"MTP depth {depth}: {rule} by the speed model{gain} (modelled, not measured)."
     if depth:
         return f"MTP depth {depth}: the checkpoint has {footprint.mtp_layers} MTP layers."

@@ -18,6 +18,8 @@ from step128_launcher.status import ServerStatus, Snapshot
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
+_POLL_SECONDS = 0.1  # how soon `close` is noticed
+
 
 class Exporter:
     """Serves the status on its own port and registry until it is closed.
@@ -40,7 +42,7 @@ class Exporter:
                 f"The metrics port {host}:{port} cannot be opened: {error.strerror}.",
                 "Choose another with --metrics-port, or 0 for none.",
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), name="exporter", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from step128_launcher.machine.host import (
     read_versions,
 )
 from step128_launcher.machine.nvidia import read_nvidia_gpus
-from step128_launcher.machine.reader import Reader, whole_number
+from step128_launcher.machine.reader import Reader, exists, whole_number
 from step128_launcher.machine.types import Hardware
 from step128_launcher.machine.visibility import hide_gpus, read_variables
 
@@ -42,7 +42,7 @@ def probe(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -
     if cgroup.memory_headroom_bytes is not None:
         available = min(available, cgroup.memory_headroom_bytes)
     variables = read_variables(environment)
-    has_nvidia = (root / "dev/nvidiactl").exists()
+    has_nvidia = exists(root / "dev/nvidiactl")
     amd = read_amd_gpus(reader)
     nvidia, nvidia_versions = read_nvidia_gpus(reader, has_nvidia)
     return Hardware(
@@ -52,7 +52,7 @@ def probe(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -
         memory_available_bytes=available,
         cgroup_limit_bytes=cgroup.memory_limit_bytes,
         cgroup_version=cgroup.version,
-        has_amd_gpu=(root / "dev/kfd").exists(),
+        has_amd_gpu=exists(root / "dev/kfd"),
         has_nvidia_gpu=has_nvidia,
         gpus=hide_gpus(amd.gpus + nvidia, variables, reader.notes),
         ttm_limits=read_ttm_limits(reader),

@@ -1,8 +1,8 @@
 """Which of two acceptable candidates is better, by objective. Every key grows with memory, so more is never worse.
 
 balanced: vision kept, the longest context up to 200k, the MTP depth that pays, then concurrency.
-context: the same with the model's longest context. throughput: many requests of 32k tokens, then tokens a second.
-latency: 64k tokens, then the fastest single request.
+context: the same with the model's longest context. latency: 64k tokens, then the fastest single request.
+throughput: the most tokens a second with all requests of 32k tokens that fit.
 Contexts are compared in 32nds of the wish: a context that is 1 % longer is not worth half the concurrency.
 """
 
@@ -53,7 +53,8 @@ class Judge:
         requests, seqs = float(candidate.requests), float(load.max_num_seqs)
         end = (float(load.max_num_batched_tokens), float(candidate.context))
         if self.objective == "throughput":
-            return (*start, requests, self._tokens_per_second(candidate, candidate.requests), seqs, *end)
+            together = self._tokens_per_second(candidate, candidate.requests, self.wished_context)
+            return (*start, together, requests, seqs, *end)
         if self.objective == "latency":
             return (*start, self._tokens_per_second(candidate, 1), requests, seqs, *end)
         wanted = depths[_depth_group(candidate)]
@@ -110,11 +111,11 @@ class Judge:
             layers=config.num_hidden_layers,
         )
 
-    def _tokens_per_second(self, candidate: Candidate, requests: int) -> float:
-        """Return the modelled speed at a short context, where most of a chat is decoded."""
+    def _tokens_per_second(self, candidate: Candidate, requests: int, context: int = SHORT_CONTEXT_TOKENS) -> float:
+        """Return the modelled speed; by default at a short context, where most of a chat is decoded."""
         if self.inputs is None or requests < 1:
             return 0.0
-        row = self.row(candidate, candidate.load.num_speculative_tokens, SHORT_CONTEXT_TOKENS, requests)
+        row = self.row(candidate, candidate.load.num_speculative_tokens, context, requests)
         return row.tokens_per_second if row else 0.0
 
     def _worthwhile(self, candidates: list[Candidate]) -> int:

@@ -73,6 +73,11 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
     )
     serve.add_argument("--dry-run", action="store_true", help="print environment and argv, start nothing")
     serve.add_argument(
+        "--measure",
+        action="store_true",
+        help="let vLLM size the KV cache once, so that `step128 calibrate` can read what the rest takes (GPU)",
+    )
+    serve.add_argument(
         "--service",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -97,9 +102,8 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
     doctor.add_argument("model", type=Path, metavar="MODEL", nargs="?", help="check this checkpoint too")
     _add_machine(doctor)
     doctor.add_argument("--profile", help="hardware profile (default: STEP128_PROFILE, else by the machine)")
-    doctor.add_argument(
-        "--all-reduce", action="store_true", help="run a real all-reduce, time-limited"
-    )
+    doctor.add_argument("--all-reduce", action="store_true", help="run a real all-reduce, time-limited")
+    doctor.add_argument("--all-reduce-on-cpu", action="store_true", help="the same between CPU processes (gloo)")
     doctor.add_argument("--json", action="store_true", help="print the findings as one JSON document")
 
     calibrate = add("calibrate", "replace assumptions by what a start of vLLM on this machine measured")

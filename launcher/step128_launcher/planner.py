@@ -7,7 +7,7 @@ from dataclasses import replace
 from step128_launcher.budget import HOST_MEMORY, Budget, make_budget, memory_shortage
 from step128_launcher.calibration import Measurement
 from step128_launcher.candidates import DIMENSIONS, Candidate, search
-from step128_launcher.choices import make_space, omp_threads_bind, speed_inputs
+from step128_launcher.choices import device_selection, make_space, omp_threads_bind, speed_inputs
 from step128_launcher.explain import explain_choice, neighbours
 from step128_launcher.footprint import ModelFootprint
 from step128_launcher.kv_cache import predict
@@ -105,6 +105,8 @@ class _Planner:
         environment = dict(profile.environment)
         if profile.device == "cpu":
             environment["VLLM_CPU_OMP_THREADS_BIND"] = omp_threads_bind(self.hardware, load.tensor_parallel_size)
+        chosen = budget.gpus[: load.tensor_parallel_size]
+        environment |= dict(device_selection(self.hardware, chosen))
         return Plan(
             profile=profile.name,
             device=profile.device,
@@ -127,13 +129,15 @@ class _Planner:
             prediction=predict(best.shape, kv_bytes, best.context),
             environment=tuple(environment.items()),
             arguments=profile.arguments,
-            gpu_addresses=tuple(gpu.pci_address for gpu in budget.gpus[: load.tensor_parallel_size]),
+            gpu_addresses=tuple(gpu.pci_address for gpu in chosen),
             memory=memory,
             host_memory=self._host_memory(best, memory, budget),
             expected=self._expected(best, lines),
             speed=self._speed(best),
             speed_sources=self._speed_sources(),
-            reasons=explain_choice(best, self.footprint, profile, self.limits, space, self.judge),
+            reasons=explain_choice(
+                best, self.footprint, profile, self.limits, space, self.judge, self.worthwhile(best)
+            ),
             rejected=(*self.left_out, *self._rejected(best)),
             wish=self._wish(best, budget),
             warnings=self._warnings(budget),
@@ -159,10 +163,13 @@ class _Planner:
         return tuple(found)
 
     def _wish(self, best: Candidate, budget: Budget) -> tuple[str, ...]:
-        depths = self.judge.worthwhile_depths(self.candidates)
-        depth = depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
         again = Retry(self.footprint, self.profile, budget, self.ledger, self.form)
-        return unmet_wish(best, self.space, depth, self.limits, again)
+        return unmet_wish(self.space, self.worthwhile(best), self.limits, again)
+
+    def worthwhile(self, best: Candidate) -> int:
+        """Return the MTP depth that pays by the speed model, with the ranks chosen and the preferred KV dtype."""
+        depths = self.judge.worthwhile_depths(self.candidates)
+        return depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
 
     def _rejected(self, best: Candidate) -> tuple[Alternative, ...]:
         return neighbours(best, self.candidates, self.space, self.judge)

@@ -2,10 +2,16 @@
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from step128_launcher.calibration import Measurement, load_calibration, model_fingerprint
+from step128_launcher.calibration import (
+    Calibration,
+    calibration_folder,
+    machine_key,
+    model_fingerprint,
+    read_calibration,
+)
 from step128_launcher.checkpoint import assume_footprint, read_footprint
 from step128_launcher.command import Server
 from step128_launcher.configs_dir import find_configs_dir
@@ -41,13 +47,21 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
     configs_dir = find_configs_dir()
     hardware = read_machine(options)
     form = read_format(configs_dir)
-    footprint = read_model(options.model, getattr(options, "policy", None), form)
     profile = find_profile(options.profile, configs_dir, hardware)
+    footprint = read_model(options.model, getattr(options, "policy", None), form)
     limits = limits_of(options)
-    measurements = read_measurements(hardware, footprint)
+    calibration = read_measurements(hardware, footprint)
     plan = make_plan(
-        hardware, footprint, profile, limits, measurements=measurements, form=form, with_fallbacks=with_fallbacks
+        hardware,
+        footprint,
+        profile,
+        limits,
+        measurements=calibration.measurements,
+        form=form,
+        with_fallbacks=with_fallbacks,
     )
+    if calibration.warning:
+        plan = replace(plan, warnings=(*plan.warnings, calibration.warning))
     server = Server(
         model=footprint.path,
         served_model_name=options.served_model_name or footprint.path.resolve().name,
@@ -55,8 +69,19 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
         port=options.port,
         load_report_dir=state_dir(options) / "load-reports",
         shutdown_timeout_seconds=profile.shutdown_timeout_seconds,
+        measure_memory=_measures(options, profile),
     )
     return Planned(plan, footprint, hardware, profile, server, limits)
+
+
+def _measures(options: argparse.Namespace, profile: Profile) -> bool:
+    asked = bool(getattr(options, "measure", False))
+    if asked and profile.device == "cpu":
+        raise LauncherError(
+            ExitCode.USAGE,
+            f"--measure needs a GPU: on a CPU (profile {profile.name}) vLLM does not measure its memory at the start.",
+        )
+    return asked
 
 
 def read_machine(options: argparse.Namespace) -> Hardware:
@@ -116,13 +141,14 @@ def find_profile(asked: str | None, configs_dir: Path, hardware: Hardware) -> Pr
     return profiles[choose_profile(profiles, hardware)]
 
 
-def read_measurements(hardware: Hardware, footprint: ModelFootprint) -> tuple[Measurement, ...]:
-    """Return what earlier starts of this model on this machine measured."""
-    found = load_calibration(hardware)
-    if not found:
-        return ()
+def read_measurements(hardware: Hardware, footprint: ModelFootprint) -> Calibration:
+    """Return what earlier starts of this model on this machine measured, and what is wrong with their file."""
+    found = read_calibration(calibration_folder() / f"{machine_key(hardware)}.json")
+    if not found.measurements:
+        return found
     model = model_fingerprint(footprint.path)
-    return tuple(measurement for measurement in found if measurement.settings.model == model)
+    mine = tuple(measurement for measurement in found.measurements if measurement.settings.model == model)
+    return replace(found, measurements=mine)
 
 
 def limits_of(options: argparse.Namespace) -> Limits:

@@ -1,6 +1,7 @@
 """Hardware profiles: one YAML file each, below `configs/profiles/` or in a folder of the user's own."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ def why_not(profile: Profile, hardware: Hardware) -> str | None:
     gpus = matching_gpus(profile, hardware)
     wanted = f"{profile.match_gpus} x {' or '.join(profile.match_targets)}"
     if not gpus:
-        found = ", ".join(f"{gpu.name} ({gpu.target or 'unknown target'})" for gpu in hardware.usable_gpus)
+        names = Counter(f"{gpu.name} ({gpu.target or 'unknown target'})" for gpu in hardware.usable_gpus)
+        found = ", ".join(f"{count} x {name}" for name, count in names.items())
         return f"needs {wanted}; found {found or 'no GPU'}"
     if len(gpus) < profile.match_gpus:
         return f"needs {wanted}; found {len(gpus)}"

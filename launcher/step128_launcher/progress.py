@@ -75,11 +75,11 @@ class Progress:
 
     def close(self) -> None:
         """End the moving line."""
-        self._loaded = None
         if self._status is not None:
             with contextlib.suppress(OSError):
                 self._status.stop()
             self._status = None
+        self._loaded = None
 
     def _show(self, line: str) -> None:
         with contextlib.suppress(OSError):

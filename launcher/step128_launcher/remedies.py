@@ -55,7 +55,7 @@ def does_not_fit(
     return DoesNotFitError(message, hint.strip(), memory, rejected)
 
 
-def unmet_wish(best: Candidate, space: Space, depth: int, limits: Limits, again: "Retry") -> tuple[str, ...]:
+def unmet_wish(space: Space, depth: int, limits: Limits, again: "Retry") -> tuple[str, ...]:
     """Return what the wished plan lacks, if the chosen one is short of it, and each single change that would give it.
 
     The wish: images, the wished context, the MTP depth that pays (`depth`), the preferred KV dtype.

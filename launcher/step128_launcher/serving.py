@@ -7,6 +7,7 @@ from pathlib import Path
 from step128_launcher import consoles
 from step128_launcher.api_key import find_api_key
 from step128_launcher.budget import make_budget, memory_shortage
+from step128_launcher.calibrate import calibration_document
 from step128_launcher.command import check_plugin_allowed, environment_changes, server_argv, server_environment
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
 from step128_launcher.exporter import Exporter
@@ -19,6 +20,7 @@ from step128_launcher.planning import Planned, make_planned, state_dir
 from step128_launcher.progress import Progress
 from step128_launcher.render import print_command, print_plan
 from step128_launcher.serve import Supervisor
+from step128_launcher.service import run_service
 from step128_launcher.status import ServerStatus
 
 _SERVED_METHODS = ("nl4",)
@@ -32,23 +34,48 @@ def print_dry_run(options: argparse.Namespace, planned: Planned) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> ExitCode:
-    """Plan and serve until the end.
+    """Plan and serve until the end. As a service, what a restart cannot cure is held: up, unhealthy, with the reason.
 
     Raises:
-        LauncherError: see ExitCode.
+        LauncherError: see ExitCode; none as a service, but for a metrics port that cannot be opened.
 
     """
+    if options.dry_run:
+        check_plugin_allowed(os.environ)
+        planned = make_planned(options)
+        _check_servable(options, planned)
+        print_dry_run(options, planned)
+        return ExitCode.OK
+    service = _is_service(options)
+    status, progress = ServerStatus(), Progress(consoles.stderr())
+    # Before the plan: what goes wrong while planning is to be seen there too.
+    exporter = Exporter(status, options.metrics_host, options.metrics_port) if options.metrics_port else None
+    try:
+        return run_service(lambda: _serve(options, status, progress), status, progress.say, service)
+    finally:
+        if exporter is not None:
+            exporter.close()
+
+
+def _is_service(options: argparse.Namespace) -> bool:
+    asked = options.service
+    service = os.environ.get("STEP128_SERVICE", "") not in ("", "0") if asked is None else bool(asked)
+    if service and not options.metrics_port:
+        raise LauncherError(
+            ExitCode.USAGE, "--service needs --metrics-port: /health there is where a failure is to be seen."
+        )
+    return service
+
+
+def _serve(options: argparse.Namespace, status: ServerStatus, progress: Progress) -> ExitCode:
     check_plugin_allowed(os.environ)
     planned = make_planned(options, with_fallbacks=True)
     _check_servable(options, planned)
-    if options.dry_run:
-        print_dry_run(options, planned)
-        return ExitCode.OK
     folder = state_dir(options)
     print_plan(consoles.stderr(), planned.plan, planned.footprint, planned.hardware)
     make_private_folder(folder)
     with hold_lock(folder):
-        return _run(options, planned, folder)
+        return _run(options, planned, folder, status, progress)
 
 
 def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
@@ -64,11 +91,12 @@ def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
         raise LauncherError(ExitCode.DOES_NOT_FIT, shortage, "Lower it, or leave it out for the profile's share.")
 
 
-def _run(options: argparse.Namespace, planned: Planned, folder: Path) -> ExitCode:
-    """Serve until the end, the plan's metrics beside it."""
-    console, server = consoles.stderr(), planned.server
+def _run(
+    options: argparse.Namespace, planned: Planned, folder: Path, status: ServerStatus, progress: Progress
+) -> ExitCode:
+    server = planned.server
     api_key = find_api_key(options.api_key_file, os.environ, folder)
-    console.print(f"The API key is in {api_key.source}.", markup=False, highlight=False, soft_wrap=True)
+    progress.say(f"The API key is in {api_key.source}.")
 
     def make_job(plan: Plan) -> Job:
         return Job(
@@ -80,16 +108,9 @@ def _run(options: argparse.Namespace, planned: Planned, folder: Path) -> ExitCod
             environment=server_environment(os.environ, plan, server, api_key.value),
             state_dir=folder,
             start_timeout_seconds=planned.profile.start_timeout_seconds,
-            plan_document=plan_document(plan, planned.footprint, planned.hardware, server),
+            plan_document=plan_document(plan, planned.footprint, planned.hardware, server)
+            | {"calibration": calibration_document(plan, planned.footprint.path, planned.hardware)},
         )
 
-    status = ServerStatus()
     patience = Patience(max_step_downs=options.max_step_downs, max_restarts=options.max_restarts)
-    supervisor = Supervisor(make_job, planned.plan, status, Progress(console), patience)
-    if not options.metrics_port:
-        return supervisor.run()
-    exporter = Exporter(status, options.metrics_host, options.metrics_port)
-    try:
-        return supervisor.run()
-    finally:
-        exporter.close()
+    return Supervisor(make_job, planned.plan, status, progress, patience).run()

@@ -1,8 +1,8 @@
 """The weights on one tensor-parallel rank, component by component, as vLLM 0.32 holds them.
 
-tests/launcher/vllm_code compares them with vLLM's own model classes, built at the real size on the meta device under 1 to
-16 ranks, with experts cut or shared out whole (expert parallelism: consecutive experts, the first ranks one more): equal
-to the byte.
+tests/launcher/vllm_code compares them with vLLM's own model classes, built at the real size on the meta device under 1
+to 16 ranks, with experts cut or shared out whole (expert parallelism: consecutive experts, the first ranks one more):
+equal to the byte. Checkpoints of other formats are taken as stored, their quantized tensors cut like the weights.
 """
 
 from dataclasses import dataclass
@@ -65,16 +65,16 @@ def _part_bytes(part: Part, config: ModelConfig, element_bytes: int, ranks: int,
     """Return one part's bytes on the fullest rank."""
     total = part.stored_bytes if part.quantized else part.parameters * element_bytes
     if expert_parallel:
-        return total // config.num_experts * -(-config.num_experts // ranks)
+        return total * -(-config.num_experts // ranks) // config.num_experts
     match part.cut:
         case Cut.WHOLE:
             return total
         case Cut.ROWS | Cut.COLUMNS:
             return total // ranks
         case Cut.KV_ROWS:
-            return total // config.num_kv_heads * max(1, config.num_kv_heads // ranks)
+            return total * max(1, config.num_kv_heads // ranks) // config.num_kv_heads
         case Cut.VOCABULARY:
-            return total // config.vocab_size * (_padded(config.vocab_size) // ranks)
+            return total * (_padded(config.vocab_size) // ranks) // config.vocab_size
 
 
 def _padded(vocabulary: int) -> int:

@@ -1,6 +1,7 @@
 """Fabricated checkpoints (headers and zeros, no model) and machines for the launcher's tests."""
 
 import copy
+import functools
 import json
 import math
 import struct
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint, read_footprint
+from step128_launcher.checkpoint import ModelFootprint, assume_footprint, read_footprint
 from step128_launcher.configs_dir import find_configs_dir
+from step128_launcher.hardware import probe
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model_config import read_model_config
 from step128_launcher.profiles import Profile, load_profile
 from step128_launcher.quantization import CODEBOOK, Format, read_format, read_quantization
 from step128_launcher.tensors import expected_tensors, kv_scale_names
 
+TESTS = Path(__file__).parents[1]
+REAL_MODEL = TESTS / "data" / "step-3.7-flash-240"
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I8": 1}
 ALL_LINEARS = [
     "routed_experts",
@@ -73,30 +77,8 @@ def tiny_config(layers: int = 4, mtp: int = 3, experts: int = 4) -> dict[str, An
 
 @pytest.fixture
 def real_config() -> dict[str, Any]:
-    """Dimensions of Step-3.7-Flash with 240 experts, as in its public config (only what the launcher reads)."""
-    config = tiny_config(45, 3, 240)
-    config["text_config"] |= {
-        "hidden_size": 4096,
-        "intermediate_size": 11264,
-        "vocab_size": 128896,
-        "num_attention_heads": 64,
-        "num_attention_groups": 8,
-        "head_dim": 128,
-        "sliding_window": 512,
-        "attention_other_setting": {"num_attention_heads": 96},
-        "max_position_embeddings": 262144,
-        "moe_layers_enum": ",".join(map(str, range(3, 45))),
-        "moe_top_k": 8,
-        "moe_intermediate_size": 1280,
-        "share_expert_dim": 1280,
-    }
-    config["vision_config"] |= {
-        "width": 1536,
-        "layers": 47,
-        "heads": 16,
-        "mlp_ratio": 5.833333333333333,
-        "image_size": 728,
-    }
+    """Step-3.7-Flash with 240 experts (README.md beside the file says where its figures are from)."""
+    config: dict[str, Any] = json.loads((REAL_MODEL / "config.json").read_text())
     return config
 
 
@@ -161,6 +143,24 @@ def nl4_format(configs_dir: Path) -> Format:
 @pytest.fixture(scope="session")
 def cpu_profile(configs_dir: Path) -> Profile:
     return load_profile(configs_dir, "cpu")
+
+
+@pytest.fixture(scope="session")
+def profile_of(configs_dir: Path) -> Callable[[str], Profile]:
+    """Return a shipped profile by name, read once."""
+    return functools.cache(lambda name: load_profile(configs_dir, name))
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], Hardware]:
+    """Return a machine of tests/machines by name, probed once."""
+    return functools.cache(lambda name: probe(TESTS / "machines" / name, {}))
+
+
+@pytest.fixture(scope="session")
+def real_model(nl4_format: Format) -> Callable[[str | None], ModelFootprint]:
+    """Return the real-size model as if quantized by a policy (None: unquantized), derived once."""
+    return functools.cache(lambda policy: assume_footprint(REAL_MODEL, nl4_format, policy))
 
 
 @pytest.fixture

@@ -86,7 +86,10 @@ SPOILED = {
     ),
     "scale of another shape": (_reshape(f"{LM_HEAD}_scale", (96, 2)), ["lm_head.weight_scale", "[96, 4]"]),
     "fewer experts in config": (_text(moe_num_experts=2), ["moe.gate.weight", "[4, 64]", "[2, 64]"]),
-    "unknown method": (_config(quant_method="awq"), ["quant_method", "'awq'", "'nl4'"]),
+    "unknown method": (
+        _config(quant_method="gguf"),
+        ["quant_method", "'gguf'", "nl4, fp8, compressed-tensors, awq, gptq"],
+    ),
     "unknown version": (_config(format_version=2), ["format_version", "2", "1"]),
     "unknown group size": (_config(group_size=32), ["group_size", "32"]),
     "unknown codebook": (_config(codebook=[0] * 16), ["codebook"]),

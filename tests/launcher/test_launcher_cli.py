@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from step128_launcher import cli, exporter
+from step128_launcher import cli, exporter, planning
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.exporter import Exporter
 from step128_launcher.lock import hold_lock
@@ -38,7 +38,7 @@ MEMORY = ("--profile", "cpu", "--memory", "6GiB")
 @pytest.fixture(autouse=True)
 def sixteen_gib(monkeypatch: pytest.MonkeyPatch, make_machine: Callable[..., Hardware]) -> None:
     """These tests must not depend on the machine that runs them."""
-    monkeypatch.setattr(cli, "probe", make_machine)
+    monkeypatch.setattr(planning, "probe", make_machine)
     for name in ("STEP128_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -47,7 +47,7 @@ def test_plan_json(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureF
     model = make_checkpoint()
     assert cli.main(["plan", str(model), *MEMORY, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["schema"], document["result"]) == (1, "fits")
+    assert (document["schema"], document["result"]) == (2, "fits")
     assert document["settings"]["num_speculative_tokens"] == 3
     assert document["argv"][document["argv"].index("--model") + 1] == str(model)
     assert sum(line["bytes"] for line in document["memory"]["lines"]) == document["memory"]["total_bytes"]
@@ -175,10 +175,9 @@ def test_metrics_port_that_cannot_be_opened(number: int, code: ExitCode, monkeyp
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(exporter, "start_http_server", refuse)
-    plan: Any = None
+    monkeypatch.setattr(exporter, "make_server", refuse)
     with pytest.raises(LauncherError) as caught:
-        Exporter(plan, ServerStatus(), "127.0.0.1", 80)
+        Exporter(ServerStatus(), "127.0.0.1", 80)
     assert caught.value.exit_code == code and "--metrics-port" in caught.value.hint
 
 
@@ -203,20 +202,13 @@ def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "usage:" in capsys.readouterr().err
 
 
-def test_profiles(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["profiles"]) == 0
-    assert capsys.readouterr().out.startswith("cpu ")
-    assert cli.main(["profiles", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["profiles"][0]["name"] == "cpu"
-
-
 def test_auto_profile_on_a_gpu_machine(
     make_checkpoint: Callable[..., Path],
     make_machine: Callable[..., Hardware],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "probe", lambda: replace(make_machine(), has_amd_gpu=True))
+    monkeypatch.setattr(planning, "probe", lambda: replace(make_machine(), has_amd_gpu=True))
     model = str(make_checkpoint())
     assert cli.main(["plan", model]) == ExitCode.UNSUPPORTED_HARDWARE
     assert "--profile cpu" in capsys.readouterr().err

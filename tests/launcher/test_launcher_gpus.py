@@ -218,6 +218,24 @@ def test_gpus_that_the_container_denies_are_not_usable(tmp_path: Path, monkeypat
     assert sum("Operation not permitted" in line for line in found.unreadable) == 3
 
 
+@pytest.mark.parametrize(
+    ("marker", "kind"),
+    [
+        (".dockerenv", "docker"),
+        ("run/.containerenv", "podman"),
+        ("var/run/secrets/kubernetes.io/token", "kubernetes"),
+        ("dev/lxc/console", "lxc"),
+        ("etc/hostname", None),
+    ],
+)
+def test_kinds_of_containers(tmp_path: Path, marker: str, kind: str | None) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "no-gpu", tree)
+    (tree / marker).parent.mkdir(parents=True, exist_ok=True)
+    (tree / marker).touch()
+    assert probe(tree, {}).container == kind
+
+
 def test_cards_of_other_drivers_are_passed_over(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     shutil.copytree(MACHINES / "single-r9700", tree, symlinks=True)

@@ -21,11 +21,11 @@ MakeMachine = Callable[..., Hardware]
     ("limits", "text"),
     [
         (Limits(max_model_len=5000), "4096"),
-        (Limits(tensor_parallel_size=3), "does not divide"),
+        (Limits(tensor_parallel_size=3), "3 ranks do not divide"),
         (Limits(tensor_parallel_size=4), "6 sliding-attention heads"),
         (Limits(block_size=48), "multiple of 32"),
         (Limits(block_size=1 << 20), "one block would hold more than any request needs"),
-        (Limits(max_num_batched_tokens=4), "--max-num-seqs 8"),
+        (Limits(max_num_batched_tokens=4, max_num_seqs=8), "--max-num-seqs 8"),
     ],
 )
 def test_limits_that_contradict_the_model(
@@ -34,6 +34,22 @@ def test_limits_that_contradict_the_model(
     with pytest.raises(LauncherError, match=text) as caught:
         make_plan(make_machine(), footprint, cpu_profile, limits)
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_fewer_requests_where_a_step_has_fewer_tokens(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    plan = make_plan(make_machine(), footprint, cpu_profile, Limits(max_num_batched_tokens=4))
+    assert (plan.max_num_batched_tokens, plan.max_num_seqs) == (4, 4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_pipeline_parallel_is_refused(
+    ranks: int, footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    with pytest.raises(LauncherError, match="refuses pipeline parallelism") as caught:
+        make_plan(make_machine(), footprint, cpu_profile, Limits(pipeline_parallel_size=ranks))
+    assert caught.value.exit_code == ExitCode.USAGE and "--tensor-parallel-size" in caught.value.hint
 
 
 def test_more_ranks_than_cpus(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> None:
@@ -89,7 +105,7 @@ def test_a_budget_above_the_machine_is_warned_about(
 ) -> None:
     assert make_plan(make_machine(), footprint, cpu_profile, Limits(memory_bytes=16 << 30)).warnings == ()
     (warning,) = make_plan(make_machine(), footprint, cpu_profile, Limits(memory_bytes=17 << 30)).warnings
-    assert warning == "--memory 17.00 GiB is above the 16.00 GiB available on this machine."
+    assert warning == "--memory 17.00 GiB is above the 16.00 GiB available (host memory)."
 
 
 @pytest.mark.parametrize(("quantized", "kv_scales"), [(True, False), (False, True), (False, False)])
@@ -104,6 +120,7 @@ def test_fp8_only_where_its_scales_take_effect(
     footprint = read_footprint(make_checkpoint(quantized=quantized, kv_scales=kv_scales), nl4_format)
     plan = make_plan(make_machine(), footprint, cpu_profile, Limits())
     assert plan.kv_cache_dtype == "auto"
-    assert [item.wish for item in plan.rejected] == ["kv_cache_dtype fp8"]
+    left_out = plan.rejected[0]
+    assert left_out.wish == "kv_cache_dtype fp8" and "calibrated scales from a quantized checkpoint" in left_out.reason
     with pytest.raises(LauncherError, match="calibrated KV scales"):
         make_plan(make_machine(), footprint, cpu_profile, Limits(kv_cache_dtype="fp8"))

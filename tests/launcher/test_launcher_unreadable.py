@@ -1,5 +1,6 @@
 """Each file of a machine's tree missing, unreadable or absurd, one at a time: only the facts in it are lost."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -144,6 +145,27 @@ def test_a_machine_whose_memory_is_unknown_is_refused(tmp_path: Path, spoil: str
     with pytest.raises(LauncherError, match="MemAvailable") as caught:
         probe(tree, {})
     assert caught.value.exit_code == ExitCode.UNSUPPORTED_HARDWARE
+
+
+def test_folders_that_may_not_be_entered(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking whether a file exists fails too, where its folder may not be entered."""
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.name in (
+            "kubernetes.io",
+            "kfd",
+            ".containerenv",
+            "gpu_busy_percent",
+            "cgroup.controllers",
+            "nvidiactl",
+        ):
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    found = probe(tree, {})
+    assert not found.has_gpu and found.cgroup_version in (None, 1)
 
 
 def test_a_card_that_fell_off_the_bus_is_still_listed(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ CHECKS: tuple[Callable[[Context], Finding], ...] = (
     memory.check_swap,
     versions.check_kernel,
     versions.check_firmware,
+    versions.check_image_target,
     versions.check_virtual_machine,
     power.check_power_caps,
     power.check_equal_memory,

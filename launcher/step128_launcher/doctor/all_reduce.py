@@ -60,7 +60,8 @@ def run_probe(ranks: int, backend: str, environment: Mapping[str, str], limit_se
     except subprocess.TimeoutExpired:
         return _hung(ranks, backend, limit_seconds, _end(process))
     finally:
-        _kill_group(process.pid)
+        if process.returncode != 0:  # ended by itself and well, it waited for its ranks
+            _kill_group(process.pid)
     if process.returncode != 0:
         last = errors.strip().splitlines()[-1:] or ["no message"]
         return failed(

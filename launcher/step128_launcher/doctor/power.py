@@ -23,7 +23,7 @@ def check_power_caps(context: Context) -> Finding:
     if len(known) < len(caps):
         return skipped(name, "the power cap of some card cannot be read")
     total = sum(known)
-    shown = f"{len(known)} cards, {total:.0f} W together; peaks may reach {total * _TRANSIENT_FACTOR:.0f} W"
+    shown = f"cards: {len(known)}, together {total:.0f} W; peaks may reach {total * _TRANSIENT_FACTOR:.0f} W"
     if len(set(known)) > 1:
         each = ", ".join(f"{address} {cap:.0f} W" for address, cap in caps.items())
         remedy = "Give all the same cap: `sudo rocm-smi --setpoweroverdrive WATTS`; the weakest sets the pace."

@@ -58,7 +58,7 @@ def check_resizable_bar(context: Context) -> Finding:
         return skipped(name, "the driver does not tell how much of each card's memory the host can reach")
     small = tuple(gpu for gpu in known if (gpu.visible_vram_bytes or 0) < (gpu.vram_total_bytes or 0))
     if not small:
-        return passed(name, f"all memory of {len(known)} cards is reachable")
+        return passed(name, f"cards: {len(known)}, all of their memory is reachable")
     least = min(gpu.visible_vram_bytes or 0 for gpu in small) // 2**20
     return warned(
         name,

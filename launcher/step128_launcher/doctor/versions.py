@@ -1,6 +1,8 @@
 """Kernel, firmware and virtualization that are known not to work with these GPUs."""
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 from step128_launcher.doctor.context import Context
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
@@ -49,6 +51,24 @@ def check_firmware(context: Context) -> Finding:
     return passed(name, f"linux-firmware {version}")
 
 
+def check_image_target(context: Context) -> Finding:
+    """ROCm's libraries hold kernels for a list of targets; an image without the GPU's fails at its first product."""
+    name = "image-target"
+    targets = context.targets("gfx")
+    if not targets:
+        return skipped(name, "no usable AMD GPU of a known target")
+    files = [path.name for folder in _kernel_folders(context) for path in folder.glob("*gfx*")]
+    if not files:
+        return skipped(name, "no rocBLAS library folder here; look in the serving container")
+    # Not followed by a digit or letter: gfx110 must not count for gfx1100.
+    missing = [one for one in targets if not any(re.search(rf"{one}(?![0-9a-z])", file) for file in files)]
+    if not missing:
+        return passed(name, f"rocBLAS has kernels for {', '.join(targets)}")
+    held = sorted({found for file in files for found in re.findall(r"gfx[0-9a-f]+", file)})
+    remedy = "Use an image built for it; HSA_OVERRIDE_GFX_VERSION is no way out."
+    return failed(name, f"rocBLAS has no kernels for {', '.join(missing)}, only for {', '.join(held)}", remedy)
+
+
 def check_virtual_machine(context: Context) -> Finding:
     """Cards passed through to a virtual machine show timeouts of their scheduler (MES) that bare metal does not."""
     name = "virtual-machine"
@@ -66,6 +86,15 @@ def check_virtual_machine(context: Context) -> Finding:
         "this is a virtual machine: cards passed through have shown MES timeouts",
         "If requests hang and `sudo dmesg` tells of MES, run on the host itself.",
     )
+
+
+def _kernel_folders(context: Context) -> list[Path]:
+    """Return where rocBLAS keeps its kernels: ROCm's folder, and that of a torch that brings its own."""
+    folders = [context.root / "opt/rocm/lib/rocblas/library"]
+    torch = find_spec("torch") if context.is_live else None
+    if torch is not None and torch.origin is not None:
+        folders.append(Path(torch.origin).parent / "lib/rocblas/library")
+    return folders
 
 
 def _package_version(context: Context) -> str | None:

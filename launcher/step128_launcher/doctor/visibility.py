@@ -118,7 +118,7 @@ def check_rank_count(context: Context) -> Finding:
     if not count:
         return skipped(name, "no usable card with memory of its own")
     if count in _RANKS:
-        return passed(name, f"{count} cards: tensor parallelism divides the model's 64, 96 and 8 heads evenly")
+        return passed(name, f"cards: {count}, which divides the model's 64, 96 and 8 heads evenly")
     used = max(ranks for ranks in _RANKS if ranks <= count)
     return warned(
         name, f"{count} cards, of which only {used} can be used", "The model divides among 1, 2, 4 or 8 cards."

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from step128_launcher.machine.kfd import Kfd, KfdNode, find_node, read_kfd
 from step128_launcher.machine.pcie import PCI_ADDRESS, read_iommu_domain, read_link, read_numa_node
-from step128_launcher.machine.reader import Reader
+from step128_launcher.machine.reader import Reader, exists
 from step128_launcher.machine.types import AMD, Gpu
 
 _VENDOR = "0x1002"
@@ -140,7 +140,7 @@ def _is_integrated(reader: Reader, device: Path, node: KfdNode | None, device_id
         return True
     if device_id in _NAMES:
         return False
-    return (device / "gpu_busy_percent").exists() and not (device / "mem_busy_percent").exists()
+    return exists(device / "gpu_busy_percent") and not exists(device / "mem_busy_percent")
 
 
 def _memory(reader: Reader, device: Path, pool: str) -> tuple[int | None, int | None]:

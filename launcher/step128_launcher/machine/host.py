@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from step128_launcher.machine.reader import Reader, whole_number
+from step128_launcher.machine.reader import Reader, exists, whole_number
 from step128_launcher.machine.types import DeviceNode, TtmLimit
 
 RECORDED_SHM = "commands/shm_bytes"
@@ -58,16 +58,18 @@ def read_versions(reader: Reader) -> dict[str, str]:
 
 
 def read_container(reader: Reader) -> str | None:
-    """Return "docker", "podman", "lxc" or what systemd's interface names; None outside of a container."""
+    """Return "docker", "podman", "kubernetes", "lxc" or what systemd's interface names; None outside of a container."""
     root = reader.root
-    if (root / "run/.containerenv").exists():
+    if exists(root / "run/.containerenv"):
         return "podman"
-    if (root / ".dockerenv").exists():
+    if exists(root / ".dockerenv"):
         return "docker"
+    if exists(root / "var/run/secrets/kubernetes.io"):
+        return "kubernetes"
     kind = reader.text(root / "run/systemd/container")
     if kind:
         return kind.split()[0]
-    return "lxc" if (root / "dev/lxc").exists() or (root / "dev/.lxc").exists() else None
+    return "lxc" if exists(root / "dev/lxc") or exists(root / "dev/.lxc") else None
 
 
 def read_device_nodes(reader: Reader) -> tuple[DeviceNode, ...]:

@@ -61,6 +61,15 @@ class Reader:
         self.notes.append(f"{shown}: {reason}")
 
 
+def exists(path: Path) -> bool:
+    """Whether `path` is there as far as this process may see; Path.exists raises where a folder may not be entered."""
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
+
+
 def whole_number(text: str) -> int | None:
     """Return the decimal number that is all of `text`, or None; longer than any kernel figure counts as none."""
     digits = text.removeprefix("-")

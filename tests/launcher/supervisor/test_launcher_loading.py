@@ -85,14 +85,14 @@ def test_what_is_mapped_and_touched_is_measured(tmp_path: Path) -> None:
     shard = tmp_path / "model-00001-of-00001.safetensors"
     shard.write_bytes(bytes(8 * 2**20))
     (tmp_path / "other.bin").write_bytes(bytes(2**20))
-    with shard.open("rb") as file, (tmp_path / "other.bin").open("rb") as other:
-        with (
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view,
-            mmap.mmap(other.fileno(), 0, prot=mmap.PROT_READ) as ignored,
-        ):
-            assert mapped_bytes(os.getpid(), ".safetensors") == 0
-            assert sum(view[: 4 * 2**20]) == sum(ignored[:]) == 0
-            touched = mapped_bytes(os.getpid(), ".safetensors")
+    other = tmp_path / "other.bin"
+    with shard.open("rb") as file, other.open("rb") as other_file:
+        view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        ignored = mmap.mmap(other_file.fileno(), 0, prot=mmap.PROT_READ)
+    assert mapped_bytes(os.getpid(), ".safetensors") == 0
+    assert not any(view[: 4 * 2**20]) and not any(ignored[:])
+    touched = mapped_bytes(os.getpid(), ".safetensors")
+    view.close()
     assert 4 * 2**20 <= touched <= 5 * 2**20  # the kernel maps a few pages around
     assert mapped_bytes(os.getpid(), ".safetensors") == 0
     assert mapped_bytes(2**22 + 1, ".safetensors") == 0  # no such process
@@ -147,6 +147,6 @@ def test_lines_that_end_with_a_carriage_return(tmp_path: Path) -> None:
 def test_a_slow_load_is_shown_and_compared_with_the_plan(bench: Bench) -> None:
     assert bench.run("slow", signals=(signal.SIGTERM,)) is ExitCode.OK
     text = bench.text()
-    assert re.search(r"loading weights:  50%, .* of .*, shard 2 of 2", text)
+    assert re.search(r"loading weights: +\d+%, .* of .*, shard 2 of 2", text)
     assert "loading weights: 100%" in text
     assert re.search(r"^weights +.* 1\.50 GiB +\+", text, re.MULTILINE)  # what vLLM says against the plan
