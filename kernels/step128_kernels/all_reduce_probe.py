@@ -24,6 +24,7 @@ SIZES_BYTES = {8 * 2**10: 50, 64 * 2**20: 5}  # -> repetitions
 _FLOAT_BYTES = 4
 _PATTERN = 251  # a prime, so that no chunk of a collective holds the same values as another
 _GRACE_SECONDS = 5
+_TIMES = "times.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, required=True, help="processes, one a GPU")
     parser.add_argument("--backend", choices=("gloo", "nccl"), required=True, help="gloo: CPU; nccl: GPUs, also AMD's")
     parser.add_argument("--limit-seconds", type=float, default=120.0, help="every process ends itself after this")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="empty folder where the ranks meet; default: a new one"
+    )
     parser.add_argument("--absent", type=int, default=None, help="leave this rank out, to see what a hang looks like")
     options = parser.parse_args(arguments)
     _end_after(options.limit_seconds)
@@ -41,10 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     # All ranks are on this machine; a host name that does not resolve must not stop them.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if options.folder is not None:
+        return _run(options, options.folder)
     with tempfile.TemporaryDirectory(prefix="step128-all-reduce-") as folder:
-        if not _run_ranks(options, folder):
-            return 1
-        times = json.loads((Path(folder) / "times.json").read_text())
+        return _run(options, Path(folder))
+
+
+def _run(options: argparse.Namespace, folder: Path) -> int:
+    if not _run_ranks(options, folder):
+        return 1
+    times = json.loads((folder / _TIMES).read_text())
     document = {
         "schema": 1,
         "backend": options.backend,
@@ -56,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run_ranks(options: argparse.Namespace, folder: str) -> bool:
+def _run_ranks(options: argparse.Namespace, folder: Path) -> bool:
     """Run all ranks; whether all succeeded. The first to fail ends the others, which would wait for it."""
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=_rank, args=(rank, options, folder), daemon=True) for rank in range(options.ranks)]
@@ -73,7 +83,7 @@ def _run_ranks(options: argparse.Namespace, folder: str) -> bool:
     return True
 
 
-def _rank(rank: int, options: argparse.Namespace, folder: str) -> None:
+def _rank(rank: int, options: argparse.Namespace, folder: Path) -> None:
     """Run as one rank; rank 0 leaves the times in `folder`."""
     _end_after(options.limit_seconds)
     if rank == options.absent:
@@ -87,7 +97,7 @@ def _rank(rank: int, options: argparse.Namespace, folder: str) -> None:
     dist.init_process_group(options.backend, init_method=meeting, rank=rank, world_size=options.ranks)
     times = {size: _measure(size, repetitions, rank, device) for size, repetitions in SIZES_BYTES.items()}
     if rank == 0:
-        (Path(folder) / "times.json").write_text(json.dumps(times))
+        (folder / _TIMES).write_text(json.dumps(times))
     dist.destroy_process_group()
 
 

@@ -8,8 +8,8 @@ from step128_launcher.client import ServerClient
 from step128_launcher.comparison import compare, planned_figures
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.failures import Reason, ServerFailedError, ended
-from step128_launcher.hang import ActivityWatch
-from step128_launcher.health import FAILURES_TO_WARN, HealthWatch
+from step128_launcher.hang_guard import HangGuard
+from step128_launcher.health import HealthWatch
 from step128_launcher.job import Job, Patience
 from step128_launcher.load_report import read_load_reports
 from step128_launcher.loading import LoadMeter, shard_sizes
@@ -100,24 +100,33 @@ class Attempt:
         self._progress.phase("starting vLLM")
         while not self._stop:
             for line in [*lines.new_lines(), lines.pending]:
-                meter.read(line)
                 phase = phase_of(line)
                 if phase:
                     self._progress.phase(phase)
-            loaded = meter.loaded()
-            if loaded is not None:
-                self._progress.loading(loaded)
+                if meter.read(line):
+                    self._show_loading(meter)
+            self._show_loading(meter)
             self._require_alive(process, "ended before it was ready")
             if self._client.healthy():
                 return True
             if time.monotonic() > deadline:
-                raise ServerFailedError(
-                    Reason.START_TIMEOUT,
-                    f"vLLM was not ready within {self._job.start_timeout_seconds:.0f} seconds.",
-                    f"Its log: {self._job.log}. A slower machine may need a longer start_timeout_seconds (profile).",
-                )
+                raise self._not_ready(process)
             time.sleep(_POLL_SECONDS)
         return False
+
+    def _not_ready(self, process: ProcessGroup) -> ServerFailedError:
+        """Return the error for a start that takes too long, with what the server does: it may hang in a collective."""
+        sight, kept = HangGuard(process, self._job, self._status, self._progress, self._patience).glance()
+        return ServerFailedError(
+            Reason.START_TIMEOUT,
+            f"vLLM was not ready within {self._job.start_timeout_seconds:.0f} seconds; it is {sight}.",
+            f"{kept} Its log: {self._job.log}. A slower machine may need a longer start_timeout_seconds (profile).",
+        )
+
+    def _show_loading(self, meter: LoadMeter) -> None:
+        loaded = meter.loaded()
+        if loaded is not None:
+            self._progress.loading(loaded)
 
     def _verify(self) -> bool:
         """Compare what runs with what was planned; False if a signal came first."""
@@ -169,7 +178,7 @@ class Attempt:
 
     def _watch(self, process: ProcessGroup) -> None:
         """Return when a signal came."""
-        activity: ActivityWatch | None = None
+        guard = HangGuard(process, self._job, self._status, self._progress, self._patience)
         cap_log_at = time.monotonic() + _CAP_LOG_EVERY_SECONDS
         with HealthWatch(self._client, self._status) as health:
             while not self._stop:
@@ -178,39 +187,11 @@ class Attempt:
                 news, now = health.news(), time.monotonic()
                 if news:
                     self._progress.say(news)
-                if not self._status.snapshot().failed_probes:
-                    activity = None
-                elif activity is None:
-                    activity = ActivityWatch(process.members, self._job.plan.gpu_addresses, self._patience.root, now)
-                else:
-                    self._look_at_hang(activity, now, now - health.alive_at)
+                guard.look(health)
                 if now > cap_log_at:
                     cap_log_at = now + _CAP_LOG_EVERY_SECONDS
                     self._cap_log()
                 time.sleep(_POLL_SECONDS)
-
-    def _look_at_hang(self, watch: ActivityWatch, now: float, lifeless_seconds: float) -> None:
-        """Tell what a server that does not answer does; give it up after `hang_seconds` without a sign of life."""
-        watch.sample(now)
-        if self._status.snapshot().failed_probes < FAILURES_TO_WARN:
-            return
-        sight = watch.sight()
-        if self._status.snapshot().hung is not sight.activity:
-            self._status.hangs(sight.activity)
-            self._progress.say(f"It is {sight}.")
-        if lifeless_seconds < self._patience.hang_seconds:
-            return
-        path = self._job.state_dir / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        kept = f"Evidence: {path}."
-        try:
-            watch.write_evidence(path)
-        except OSError as error:
-            kept = f"The evidence could not be written to {path}: {error.strerror}."
-        raise ServerFailedError(
-            Reason.HUNG,
-            f"vLLM did not answer and did no work for {lifeless_seconds:.0f} s; it was {sight}.",
-            f"{kept} vLLM's log: {self._job.log}.",
-        )
 
     def _cap_log(self) -> None:
         try:

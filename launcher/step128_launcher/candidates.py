@@ -49,8 +49,8 @@ class Space:
 class Candidate:
     """One combination. `context` is the longest of which one request fits, `requests` how many of that length do.
 
-    `reason` is None if it is acceptable; if memory is the reason, `missing_bytes` is what the shortest context lacks, and
-    `lacking` of which memory.
+    `reason` is None if it is acceptable; if memory is the reason, `missing_bytes` is what the shortest context lacks,
+    and `lacking` of which memory.
     """
 
     load: Load
@@ -133,19 +133,20 @@ class _Judgement:
         self.load, self.kv_dtype, self.shape = load, kv_dtype, shape
         self.space, self.budget, self.ledger = space, budget, ledger
         self.ranks_in_pool = ledger.ranks_in_pool(load)
-        one = replace(load, max_num_seqs=1)
-        self.sequence_bytes = ledger.bytes_per_sequence(one)
-        self.left_bytes = budget.left_bytes(ledger.total_bytes(one), ledger.host_bytes(one)) + self.sequence_bytes
+        # Of no sequence at all: a measurement is of some number of them, and speaks for that number only.
+        none = replace(load, max_num_seqs=0)
+        self.fixed_bytes, self.host_bytes = ledger.total_bytes(none), ledger.host_bytes(none)
+        self.sequence_bytes = ledger.bytes_per_sequence(load)
         self.cap_bytes = None if kv_cache_max_bytes is None else kv_cache_max_bytes // load.tensor_parallel_size
         self.bytes_per_block = shape.bytes_per_block
 
     def candidate(self, seqs: int, ceiling: int, reason: str | None) -> Candidate:
         """Return one combination with its context and verdict."""
         load, shape, space = replace(self.load, max_num_seqs=seqs), self.shape, self.space
-        left_bytes = self.left_bytes - seqs * self.sequence_bytes
+        fixed = self.fixed_bytes + seqs * self.sequence_bytes
         if self.ledger.is_measured(load):
-            left_bytes = self.budget.left_bytes(self.ledger.total_bytes(load), self.ledger.host_bytes(load))
-        memory_left = left_bytes // self.ranks_in_pool
+            fixed = self.ledger.total_bytes(load)
+        memory_left = self.budget.left_bytes(fixed, self.host_bytes) // self.ranks_in_pool
         left = memory_left if self.cap_bytes is None else min(memory_left, self.cap_bytes)
         if load.max_num_batched_tokens < seqs:
             reason = f"max_num_batched_tokens {load.max_num_batched_tokens} is below max_num_seqs {seqs}"
@@ -158,7 +159,7 @@ class _Judgement:
             needed = shape.needed_bytes(space.shortest_context)
             if memory_left < needed:
                 missing = (needed - memory_left) * self.ranks_in_pool
-                lacking = self._lacking(needed)
+                lacking = self.budget.lacking(fixed + needed * self.ranks_in_pool, self.host_bytes)
                 reason = f"{format_bytes(missing)} missing ({lacking}) for a context of {space.shortest_context}"
             else:
                 reason = f"the profile's largest KV cache does not hold a context of {space.shortest_context}"
@@ -166,12 +167,6 @@ class _Judgement:
         if context:
             requests = min(seqs, (left // self.bytes_per_block - 1) // shape.blocks_per_request(context))
         return Candidate(load, self.kv_dtype, shape, left, context, requests, reason, missing, lacking)
-
-    def _lacking(self, needed: int) -> str:
-        """Return which memory is short: the model's pool, or the host's."""
-        one = replace(self.load, max_num_seqs=1)
-        fixed = self.ledger.total_bytes(one) + needed * self.ranks_in_pool
-        return self.budget.lacking(fixed, self.ledger.host_bytes(one))
 
 
 def _backend_limits(backend: AttentionBackend, kv_dtype: str, space: Space) -> tuple[int, str | None]:

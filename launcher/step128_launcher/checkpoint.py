@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
-from step128_launcher.footprint import Component, KvScale, ModelFootprint, Part, add_up, is_mtp
+from step128_launcher.footprint import Component, KvScale, ModelFootprint, Part, add_up, mtp_prefixes
 from step128_launcher.formats.forms import ForeignFormat, choose_tensors
 from step128_launcher.formats.registry import read_foreign
 from step128_launcher.kv_scales import read_kv_scales
@@ -48,7 +48,8 @@ def read_footprint(folder: Path, form: Format) -> ModelFootprint:
     scale_names = {name for layer in range(len(config.layer_types)) for name in kv_scale_names(layer)}
     mtp_layers = _mtp_layers(config, stored)
     if mtp_layers == 0:
-        table = {name: tensor for name, tensor in table.items() if not is_mtp(config, name)}
+        prefixes = mtp_prefixes(config)
+        table = {name: tensor for name, tensor in table.items() if not name.startswith(prefixes)}
     _check_names(folder, table, {name: tensor for name, tensor in stored.items() if name not in scale_names})
     for name, expected in table.items():
         _check_tensor(stored[name], expected)
@@ -76,7 +77,7 @@ def _foreign_quantization(folder: Path, foreign: ForeignFormat, table: dict[str,
             f"but every tensor in {folder} is unquantized.",
             "config.json and the shards are from different checkpoints; fetch both again.",
         )
-    return Quantization(foreign.method, foreign.label, components)
+    return Quantization(foreign.method, foreign.label, components, foreign.group_size)
 
 
 def assume_footprint(folder: Path, form: Format, policy: str | None) -> ModelFootprint:
@@ -128,7 +129,7 @@ def _assumed_quantization(folder: Path, config: ModelConfig, form: Format, polic
             f"There is no quantization policy {policy!r}; known: {', '.join(form.policies)}.",
             "The policies are in configs/quantization/nl4.yaml.",
         )
-    return Quantization(form.name, policy, frozenset(form.policies[policy]))
+    return Quantization(form.name, policy, frozenset(form.policies[policy]), form.group_size)
 
 
 def _check_groups(folder: Path, config: ModelConfig, form: Format, quantization: Quantization | None) -> None:
@@ -142,7 +143,8 @@ def _check_groups(folder: Path, config: ModelConfig, form: Format, quantization:
 
 def _mtp_layers(config: ModelConfig, stored: dict[str, StoredTensor]) -> int:
     """Return the MTP layers in the checkpoint: all that config.json announces, or none (a checkpoint without them)."""
-    return config.num_mtp_layers if any(is_mtp(config, name) for name in stored) else 0
+    prefixes = mtp_prefixes(config)
+    return config.num_mtp_layers if any(name.startswith(prefixes) for name in stored) else 0
 
 
 def _check_names(folder: Path, table: dict[str, ExpectedTensor], stored: dict[str, StoredTensor]) -> None:

@@ -200,14 +200,13 @@ def _tensor_parallel_sizes(
     most = len(hardware.cpu_ids) if on_cpu else len(budget.gpus)
     what = "CPUs" if on_cpu else "GPUs of this profile"
     asked = limits.tensor_parallel_size
-    vision = limits.vision is not False
     if asked is not None:
         if asked > most:
             raise LauncherError(
                 ExitCode.UNSUPPORTED_HARDWARE,
                 f"--tensor-parallel-size {asked} needs {asked} {what}, this process may use {most}.",
             )
-        complaint = indivisible(footprint, asked, expert_parallel=limits.enable_expert_parallel, vision=vision)
+        complaint = indivisible(footprint, asked, expert_parallel=limits.enable_expert_parallel)
         if complaint:
             raise usage_error(f"--tensor-parallel-size {asked}: {complaint}")
         return (asked,), ()
@@ -216,7 +215,7 @@ def _tensor_parallel_sizes(
         if ranks > most:
             rejected.append(Alternative(f"tensor_parallel_size {ranks}", f"needs {ranks} {what}, there are {most}"))
             continue
-        complaint = indivisible(footprint, ranks, expert_parallel=limits.enable_expert_parallel, vision=vision)
+        complaint = indivisible(footprint, ranks, expert_parallel=limits.enable_expert_parallel)
         if complaint:
             rejected.append(Alternative(f"tensor_parallel_size {ranks}", complaint.rstrip(".")))
         else:

@@ -42,7 +42,9 @@ class Exporter:
                 f"The metrics port {host}:{port} cannot be opened: {error.strerror}.",
                 "Choose another with --metrics-port, or 0 for none.",
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_SECONDS,), name="exporter", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="exporter", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint holds, added up: components, each in parts that vLLM divides among ranks in the same way."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,20 +8,22 @@ from pathlib import Path
 from step128_launcher.model_config import ModelConfig
 from step128_launcher.model_weights import KV_SCALES, Cut
 from step128_launcher.quantization import Quantization
-from step128_launcher.tensors import ExpectedTensor, layer_of
+from step128_launcher.tensors import ExpectedTensor
 
 
 @dataclass(frozen=True)
 class Part:
     """The weights of a component that are stored alike (quantized or not) and divided alike among ranks.
 
-    `parameters` counts weights, not packed bytes or scales; `stored_bytes` is the size in the shards.
+    `parameters` counts weights, not packed bytes or scales; `stored_bytes` is the size in the shards, `packed_bytes`
+    that of quantized tensors in memory (more, where vLLM converts scales to float32).
     """
 
     cut: Cut
     quantized: bool
     parameters: int
     stored_bytes: int
+    packed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Component:
     """All tensors of one component, split by whether they serve the trunk or the MTP draft.
 
     `stored_bytes` is their size in the shards; `parameters` counts weights, not packed bytes or scales.
-    `largest_parameters` is the largest single weight. Of a quantized part the stored bytes stay as they are in
-    memory; else vLLM converts them to the serving dtype.
+    `largest_parameters` is the largest single weight. Quantized tensors stay packed in memory, vLLM converts all others
+    to the serving dtype.
     """
 
     name: str
@@ -82,10 +85,9 @@ class ModelFootprint:
         return () if scales is None else tuple(layer for layer in self.attention_layers if layer not in scales)
 
 
-def is_mtp(config: ModelConfig, name: str) -> bool:
-    """Return whether a tensor belongs to an MTP layer."""
-    layer = layer_of(name)
-    return layer is not None and layer in config.mtp_layer_indices
+def mtp_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """Return what the names of the MTP layers' tensors start with."""
+    return tuple(f"model.layers.{layer}." for layer in config.mtp_layer_indices)
 
 
 def add_up(
@@ -93,8 +95,9 @@ def add_up(
 ) -> tuple[Component, ...]:
     """Add up the tensors by component, trunk and draft apart; `scales` are the layers with a K and a V scale."""
     groups: dict[tuple[str, bool], list[ExpectedTensor]] = {}
+    prefixes = mtp_prefixes(config)
     for name, expected in table.items():
-        groups.setdefault((expected.component, is_mtp(config, name)), []).append(expected)
+        groups.setdefault((expected.component, name.startswith(prefixes)), []).append(expected)
     components = []
     for (name, draft), tensors in groups.items():
         parts = _parts(tensors, stored_bytes)
@@ -116,7 +119,7 @@ def add_up(
     for draft in (False, True):
         count = 2 * sum((layer in config.mtp_layer_indices) == draft for layer in layers)
         if count:
-            part = Part(Cut.WHOLE, False, count, 4 * count)
+            part = Part(Cut.WHOLE, False, count, 4 * count, 0)
             components.append(Component(KV_SCALES, draft, False, count, count, 4 * count, 1, (part,)))
     return tuple(components)
 
@@ -124,7 +127,9 @@ def add_up(
 def _parts(tensors: list[ExpectedTensor], stored_bytes: Mapping[str, int]) -> tuple[Part, ...]:
     sums: dict[tuple[Cut, bool], list[int]] = {}
     for tensor in tensors:
-        total = sums.setdefault((tensor.cut, tensor.role != "weight"), [0, 0])
+        total = sums.setdefault((tensor.cut, tensor.role != "weight"), [0, 0, 0])
         total[0] += tensor.parameters
         total[1] += stored_bytes[tensor.name]
+        if tensor.role != "weight":
+            total[2] += 4 * math.prod(tensor.shape) if tensor.float32_in_memory else stored_bytes[tensor.name]
     return tuple(Part(cut, quantized, *total) for (cut, quantized), total in sums.items())

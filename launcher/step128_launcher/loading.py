@@ -66,8 +66,8 @@ class LoadMeter:
         self._within = 0
         self._next_look = 0.0
 
-    def read(self, line: str) -> None:
-        """Take a line of the log into account."""
+    def read(self, line: str) -> bool:
+        """Take a line of the log into account; return whether it tells how many shards are loaded."""
         if _DRAFT in line:
             self._what, self._shards, self._within = "MTP draft", None, 0
         match = _SHARDS.search(line)
@@ -75,6 +75,7 @@ class LoadMeter:
             shards = int(match[1]), int(match[2])
             if shards != self._shards:
                 self._shards, self._within = shards, 0
+        return match is not None
 
     def loaded(self) -> Loaded | None:
         """Return where loading is; None before it has begun, and after it has ended."""

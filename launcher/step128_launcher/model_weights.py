@@ -90,7 +90,7 @@ def split_experts(weight: Weight) -> Iterator[Weight]:
         return
     experts, *shape = weight.shape
     for expert in range(experts):
-        yield weight._replace(name=f"{match[1]}.experts.{expert}.{match[2]}", shape=tuple(shape))
+        yield Weight(f"{match[1]}.experts.{expert}.{match[2]}", tuple(shape), weight.component, weight.cut)
 
 
 def _attention(config: ModelConfig, layer: int) -> Iterator[Weight]:

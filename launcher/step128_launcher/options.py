@@ -83,17 +83,13 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         default=None,
         help="stay up, unhealthy, where a restart cannot help (default: STEP128_SERVICE=1 in the environment)",
     )
-    serve.add_argument(
-        "--max-restarts", type=int, default=5, help="after crashes, within 10 minutes (default: 5)"
-    )
+    serve.add_argument("--max-restarts", type=int, default=5, help="after crashes, within 10 minutes (default: 5)")
     serve.add_argument(
         "--max-step-downs", type=int, default=3, help="leaner plans after running out of memory (default: %(default)s)"
     )
 
     profiles = add("profiles", "list the hardware profiles: which fit this machine, and why not")
-    profiles.add_argument(
-        "model", type=Path, metavar="MODEL", nargs="?", help="also say which could run it"
-    )
+    profiles.add_argument("model", type=Path, metavar="MODEL", nargs="?", help="also say which could run it")
     _add_machine(profiles)
     profiles.add_argument("--policy", help="quantization policy to assume for MODEL")
     profiles.add_argument("--json", action="store_true", help="print them as one JSON document")
@@ -120,9 +116,7 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--machine", type=Path, metavar="DIR", help="a recorded machine, not this one"
-    )
+    parser.add_argument("--machine", type=Path, metavar="DIR", help="a recorded machine, not this one")
 
 
 def _add_state(parser: argparse.ArgumentParser) -> None:
@@ -135,9 +129,7 @@ def _add_state(parser: argparse.ArgumentParser) -> None:
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", nargs="?", help="checkpoint folder")
     parser.add_argument("--model", dest="model_option", type=Path, metavar="MODEL", help="the same, as an option")
-    parser.add_argument(
-        "--profile", help="hardware profile (default: STEP128_PROFILE, else by the machine)"
-    )
+    parser.add_argument("--profile", help="hardware profile (default: STEP128_PROFILE, else by the machine)")
     parser.add_argument("--objective", choices=OBJECTIVES, default="balanced", help="what to strive for")
     parser.add_argument("--max-model-len", type=_positive, help="context length in tokens")
     parser.add_argument("--num-speculative-tokens", type=int, choices=range(4), help="MTP depth")

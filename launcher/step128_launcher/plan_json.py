@@ -10,7 +10,7 @@ Schema 2, one JSON object:
   prediction {num_gpu_blocks, kv_cache_size_tokens, kv_cache_max_concurrency},
   memory (the pool that holds the model) and host_memory (null where it is the same pool): {where, total_memory_bytes,
   available_bytes, budget_bytes, total_bytes, free_bytes, lines [{name, bytes, evidence, explanation, source}]},
-  expected {weights_bytes, activation_bytes, graph_bytes, non_torch_bytes: a rank, as vLLM should report them},
+  expected {weights_bytes, activation_bytes, graph_bytes, non_torch_bytes} (a rank, as vLLM should report them),
   speed [{num_speculative_tokens, context_tokens, requests, tokens_per_step, tokens_per_step_unconditional,
   distinct_experts, read_bytes, step_seconds, tokens_per_second}] and speed_sources {input: text} (modelled, not
   measured), reasons [text], rejected [{wish, reason, missing_bytes}], wish [text: what would make the

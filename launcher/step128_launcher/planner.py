@@ -226,8 +226,6 @@ class _Planner:
             )
         if self.footprint.assumed:
             found.append("No shard was read: sizes follow from config.json and the policy; KV scales are assumed.")
-        if self.limits.enable_expert_parallel:
-            found.append("Expert parallelism: bytes computed, not compared with vLLM's code.")
         return tuple(text for text in found if text)
 
 

@@ -1,5 +1,6 @@
 """The schema of a profile's YAML file: every key, what it must hold, and which field of Profile it becomes."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,22 +109,32 @@ def _integer(minimum: int, maximum: int | None = None) -> _Check:
     return check
 
 
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float)
+
+
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+    if _is_no_number(value) or not 0 <= value < math.inf:
         raise ValueError("a number that is not negative")
     return float(value)
 
 
+def _positive(value: Any) -> float:
+    if _is_no_number(value) or not 0 < value < math.inf:
+        raise ValueError("a number above 0")
+    return float(value)
+
+
 def _fraction(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if _is_no_number(value) or not 0 < value <= 1:
         raise ValueError("a number above 0 and at most 1")
     return float(value)
 
 
-def _list(item: _Check) -> _Check:
+def _list(item: _Check, *, may_be_empty: bool = True) -> _Check:
     def check(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list):
-            raise ValueError("a list")
+        if not isinstance(value, list) or not (value or may_be_empty):
+            raise ValueError("a list" if may_be_empty else "a list of at least one entry")
         try:
             return tuple(map(item, value))
         except ValueError as error:
@@ -165,7 +176,6 @@ def _backend(value: Any) -> AttentionBackend:
 
 
 _ASSUMED_SIZE = _assumed(parse_size)
-_ASSUMED_NUMBER = _assumed(_number)
 
 # YAML key -> (field of Profile, check), nested as in the file.
 _SCHEMA: dict[str, Any] = {
@@ -210,13 +220,13 @@ _SCHEMA: dict[str, Any] = {
         "max_num_batched_tokens": ("max_num_batched_tokens", _integer(1)),
         "min_num_batched_tokens": _Optional(("min_num_batched_tokens", _integer(1)), None),
         "num_speculative_tokens": ("num_speculative_tokens", _integer(0, 3)),
-        "tensor_parallel_sizes": ("tensor_parallel_sizes", _list(_integer(1))),
+        "tensor_parallel_sizes": ("tensor_parallel_sizes", _list(_integer(1), may_be_empty=False)),
     },
     "speed": _Optional(
         {
-            "memory_bandwidth_gb_per_second": ("memory_bandwidth", _ASSUMED_NUMBER),
-            "bandwidth_efficiency": ("bandwidth_efficiency", _ASSUMED_NUMBER),
-            "all_reduce_microseconds": ("all_reduce_microseconds", _ASSUMED_NUMBER),
+            "memory_bandwidth_gb_per_second": ("memory_bandwidth", _assumed(_positive)),
+            "bandwidth_efficiency": ("bandwidth_efficiency", _assumed(_fraction)),
+            "all_reduce_microseconds": ("all_reduce_microseconds", _assumed(_number)),
         },
         {"memory_bandwidth": None, "bandwidth_efficiency": None, "all_reduce_microseconds": None},
     ),

@@ -40,11 +40,16 @@ class Format:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A checkpoint's `quantization_config`, checked."""
+    """A checkpoint's `quantization_config`, checked.
+
+    `policy` is the name of one of ours, or says what another tool's format looks like. `group_size` input columns
+    share a scale, so that ranks may cut between groups only; None: a scale for each row or weight.
+    """
 
     method: str
     policy: str
     components: frozenset[str]
+    group_size: int | None
 
 
 def read_format(configs_dir: Path) -> Format:
@@ -112,7 +117,7 @@ def read_quantization(path: Path, section: dict[str, Any] | None, form: Format) 
             + ", ".join(form.components)
             + "."
         )
-    return Quantization(form.name, str(section.get("policy") or "unnamed"), frozenset(quantized))
+    return Quantization(form.name, str(section.get("policy") or "unnamed"), frozenset(quantized), form.group_size)
 
 
 def _expand(pattern: str, ranges: dict[str, range]) -> Iterator[str]:

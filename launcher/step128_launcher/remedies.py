@@ -15,7 +15,7 @@ from step128_launcher.profiles import Profile
 from step128_launcher.quantization import Format
 from step128_launcher.sizes import format_bytes
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 def does_not_fit(
@@ -136,13 +136,20 @@ def _ideas(
     if profile.kv_cache_max_bytes is not None and leanest.missing_bytes is None:
         ideas.append(f"a memory.kv_cache_max above {format_bytes(profile.kv_cache_max_bytes)} in {profile.name}.yaml")
     if leanest.missing_bytes is not None:
-        ideas += _more_memory(hardware, limits, again.budget, leanest.missing_bytes, host_lacks)
+        ideas += _more_memory(hardware, limits, profile, again.budget, leanest.missing_bytes, host_lacks)
     return ideas
 
 
 def _changes(wish: Space, nearest: Candidate, limits: Limits, again: Retry) -> list[str]:
     """Return the single changes that make the wish fit, each with the memory it frees on a rank."""
     before = nearest.left_bytes
+    # The other settings stay those of the nearest, so that what a change frees is compared like with like.
+    load = nearest.load
+    wish = replace(
+        wish,
+        tensor_parallel_sizes=(load.tensor_parallel_size,),
+        max_num_batched_tokens=(load.max_num_batched_tokens,),
+    )
     found = []
     if wish.vision == (True,) and limits.vision is not True:
         other = again.best(replace(wish, vision=(False,)))
@@ -201,22 +208,30 @@ def _other_policies(space: Space, leanest: Candidate, again: Retry) -> list[str]
     return found
 
 
-def _more_memory(hardware: Hardware, limits: Limits, budget: Budget, missing_bytes: int, host_lacks: bool) -> list[str]:
+def _more_memory(
+    hardware: Hardware, limits: Limits, profile: Profile, budget: Budget, missing_bytes: int, host_lacks: bool
+) -> list[str]:
+    """Return where the memory could come from. Of what is freed or added a plan uses the profile's share only."""
     gpu = budget.gpus[0] if budget.gpus else None
     if limits.memory_bytes is not None and limits.memory_bytes < budget.available_bytes:
         return ["raise --memory"]
-    limit = hardware.cgroup_limit_bytes
-    if (host_lacks or gpu is None or budget.shared) and limit is not None and limit < hardware.memory_total_bytes:
-        return [f"raise the container's memory limit (now {format_bytes(limit)}) by {format_bytes(missing_bytes)}"]
+    total, limit = hardware.memory_total_bytes, hardware.cgroup_limit_bytes
+    share = profile.usable_fraction if gpu is None else profile.host_usable_fraction
+    added = -(-int(missing_bytes / share) // _MIB) * _MIB
+    confined = limit is not None and limit < total
+    if (host_lacks or gpu is None or budget.shared) and limit is not None and confined and limit + added <= total:
+        return [f"raise the container's memory limit (now {format_bytes(limit)}) by {format_bytes(added)}"]
     if host_lacks or gpu is None:
-        taken = hardware.memory_total_bytes - hardware.memory_available_bytes
-        if missing_bytes < taken:
+        if not confined and added <= total - hardware.memory_available_bytes:
             return ["free memory on this machine"]
-        return [f"a machine with more memory (this one has {format_bytes(hardware.memory_total_bytes)})"]
+        return [f"a machine with more memory (this one has {format_bytes(total)})"]
     if gpu.integrated and gpu.vendor == AMD:
         return [gtt_remedy(hardware, budget, missing_bytes)]
+    emptied = int(budget.total_bytes * profile.usable_fraction)
     taken = budget.total_bytes - budget.available_bytes
-    return [f"end what holds {format_bytes(taken)} of the GPU's memory"] if taken >= missing_bytes else []
+    if emptied - budget.budget_bytes >= missing_bytes:
+        return [f"end what holds {format_bytes(taken)} of the GPU's memory"]
+    return []
 
 
 def gtt_remedy(hardware: Hardware, budget: Budget, missing_bytes: int) -> str:

@@ -1,6 +1,7 @@
 """`step128 serve`: from a plan to a supervised server, its metrics beside it."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
     """Plan and serve until the end. As a service, what a restart cannot cure is held: up, unhealthy, with the reason.
 
     Raises:
-        LauncherError: see ExitCode; none as a service, but for a metrics port that cannot be opened.
+        LauncherError: see ExitCode; as a service only 2, if there is no metrics port.
 
     """
     if options.dry_run:
@@ -48,13 +49,17 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
         return ExitCode.OK
     service = _is_service(options)
     status, progress = ServerStatus(), Progress(consoles.stderr())
-    # Before the plan: what goes wrong while planning is to be seen there too.
-    exporter = Exporter(status, options.metrics_host, options.metrics_port) if options.metrics_port else None
-    try:
-        return run_service(lambda: _serve(options, status, progress), status, progress.say, service)
-    finally:
-        if exporter is not None:
-            exporter.close()
+
+    def work() -> ExitCode:
+        # The port opens before there is a plan: what goes wrong while planning is to be seen there too.
+        with contextlib.ExitStack() as stack:
+            if options.metrics_port:
+                exporter = Exporter(status, options.metrics_host, options.metrics_port)
+                stack.callback(exporter.close)
+            return run_service(lambda: _serve(options, status, progress), status, progress.say, service)
+
+    # A metrics port that cannot be opened is held like the rest, though nobody can ask it.
+    return run_service(work, status, progress.say, service)
 
 
 def _is_service(options: argparse.Namespace) -> bool:

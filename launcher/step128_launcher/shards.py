@@ -82,9 +82,10 @@ def _read_index(path: Path) -> dict[str, str]:
         items = {str(name): str(file) for name, file in document["weight_map"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has no object weight_map (tensor name -> file name).") from error
-    for name, file in items.items():
-        if Path(file).name != file:
-            raise CheckpointError(f"{path} puts tensor {name} into {file!r}; a shard must lie in the model folder.")
+    outside = {file for file in set(items.values()) if Path(file).name != file}
+    if outside:
+        name, file = next(item for item in items.items() if item[1] in outside)
+        raise CheckpointError(f"{path} puts tensor {name} into {file!r}; a shard must lie in the model folder.")
     return items
 
 

@@ -34,7 +34,6 @@ __all__ = [
     "expected_tensors",
     "indivisible_columns",
     "kv_scale_names",
-    "layer_of",
     "plain",
     "stored_weights",
 ]
@@ -47,7 +46,8 @@ class ExpectedTensor:
     """One tensor the checkpoint must hold; `component` also says whether a policy may quantize it.
 
     `role` is "weight", or, for the tensors that replace a quantized weight, "packed" (the values) or "scale"
-    (everything else they come with). `parameters` counts the weights it stands for, 0 for a scale.
+    (everything else they come with). `parameters` counts the weights it stands for, 0 for a scale. `float32_in_memory`:
+    vLLM converts this tensor of a quantized weight; the others stay as they are stored.
     """
 
     name: str
@@ -57,6 +57,7 @@ class ExpectedTensor:
     parameters: int
     cut: Cut
     role: str = "weight"
+    float32_in_memory: bool = False
 
 
 def expected_tensors(
@@ -115,9 +116,3 @@ def kv_scale_names(layer: int) -> tuple[str, str]:
     """Return the names of one attention layer's K and V scale."""
     attention = f"model.layers.{layer}.self_attn"
     return f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"
-
-
-def layer_of(name: str) -> int | None:
-    """Return the decoder layer a tensor belongs to, or None."""
-    parts = name.split(".", 3)
-    return int(parts[2]) if len(parts) > 3 and parts[:2] == ["model", "layers"] and parts[2].isdigit() else None

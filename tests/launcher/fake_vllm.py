@@ -3,11 +3,11 @@
 Usage: fake_vllm.py SPEC MAX_MODEL_LEN. SPEC is a JSON file with port, modes (one a start, the last for all later ones),
 starts_file (where the starts are counted), reports (file name -> document), metrics and model.
 
-Modes: ok; die (at the start); refuse (the plugin's complaint); memory (torch's complaint); killed; late_port (address in
-use); never (no /health); deaf (never, and ignores SIGTERM, as vLLM does while it loads); slow (loads with progress
-lines); die_later; die_talking (dies later, after lines that would mean something else during the start); killed_later;
-sick (no /health once it was verified), sick_busy (besides spins), sick_working (besides goes on generating);
-stubborn (ignores SIGTERM); stream (/stream answers for a second, and SIGTERM waits for it).
+Modes: ok; die (at the start); refuse (the plugin's complaint); memory (torch's complaint); killed; late_port (address
+in use); never (no /health); slow (loads with progress lines); die_later; die_talking (dies later, after lines that
+would mean something else during the start); killed_later; sick (no /health once it was verified), sick_busy (besides
+spins), sick_working (besides goes on generating); stubborn (ignores SIGTERM); stream (/stream answers for a second, and
+SIGTERM waits for it).
 In every mode a child process is left running; its id is in the file that SPEC names `child_file`.
 """
 
@@ -36,8 +36,8 @@ DEATHS = {
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.""",
     "refuse": """(Worker pid=8) ERROR 11-23 16:30:00 [loader.py:9] ValueError: step128: missing tensor lm_head.x
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.""",
-    "memory": """(Worker_TP2 pid=8) ERROR 11-23 16:30:00 [multiproc_executor.py:9] torch.OutOfMemoryError: HIP out of memory. \
-Tried to allocate 1.17 GiB. GPU 2 has a total capacity of 31.86 GiB of which 0.90 GiB is free.
+    "memory": """(Worker_TP2 pid=8) ERROR 11-23 16:30:00 [multiproc_executor.py:9] torch.OutOfMemoryError: \
+HIP out of memory. Tried to allocate 1.17 GiB. GPU 2 has a total capacity of 31.86 GiB of which 0.90 GiB is free.
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.""",
     "late_port": "OSError: [Errno 98] Address already in use",
 }
@@ -48,13 +48,10 @@ if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 
 print("(EngineCore pid=7) INFO 11-23 16:30:00 [core.py:1] Initializing a V1 LLM engine", flush=True)
-if mode == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(120)
 if mode == "slow":
     for shard in range(3):
-        line = f"\rLoading safetensors checkpoint shards: {shard * 50:3}% Completed | {shard}/2 [00:00<00:00, 2.0it/s]\n"
-        sys.stderr.write(line)
+        done = f"{shard * 50:3}% Completed | {shard}/2 [00:00<00:00,  2.00s/it]"
+        print(f"\rLoading safetensors checkpoint shards: {done}", flush=True)
         time.sleep(0.25)
     print("(Worker pid=8) INFO 11-23 16:30:00 [m.py:1] Model loading took 1.50 GiB memory and 12.5 seconds", flush=True)
 for name, document in spec["reports"].items():

@@ -40,8 +40,11 @@ def test_two_ranks_over_gloo(environment: dict[str, str]) -> None:
     assert not probes(environment["STEP128_TEST_MARKER"])
 
 
-def test_a_rank_that_never_joins_ends_at_the_limit_with_nothing_left(environment: dict[str, str]) -> None:
+def test_a_rank_that_never_joins_ends_at_the_limit_with_nothing_left(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     start = time.monotonic()
     found = run_probe(2, "gloo", environment, 8.0, "--absent", "1")
     assert time.monotonic() - start < 12.0
@@ -50,6 +53,7 @@ def test_a_rank_that_never_joins_ends_at_the_limit_with_nothing_left(environment
     while probes(environment["STEP128_TEST_MARKER"]) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel still takes apart what was killed
     assert not probes(environment["STEP128_TEST_MARKER"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_probe_is_reported_with_its_last_word(environment: dict[str, str]) -> None:

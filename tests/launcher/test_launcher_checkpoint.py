@@ -5,6 +5,8 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,13 @@ def test_codebook_is_the_kernels_codebook() -> None:
     from step128_kernels.codebook import CODEBOOK as THE_ONE
 
     assert tuple(THE_ONE) == CODEBOOK
+
+
+def test_the_benchmarks_checkpoint_is_read_right() -> None:
+    """40,000 tensors of the real size, a tensor for each of 308 experts: every one is found and weighed."""
+    script = Path(__file__).parents[2] / "benchmarks" / "read_headers.py"
+    process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    figures = json.loads(process.stdout)
+    of_the_experts = (308 - 240) * 42 * (3 * 4096 * 1280 + 4096 + 1)  # with their router rows and biases
+    assert figures["tensors"] == 1471 + (308 - 1) * 42 * 3 and figures["shards"] == 100
+    assert figures["stored_bytes"] == 2 * (169_648_118_368 + of_the_experts)

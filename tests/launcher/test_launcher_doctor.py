@@ -110,7 +110,8 @@ CASES: list[tuple[Callable[[Context], Finding], str, Change | None, dict[str, st
     (visibility.check_variables, QUAD, None, {"HIP_VISIBLE_DEVICES": "0000:03:00.0"}, "WARN", "neither an index"),
     (visibility.check_variables, "dgx-spark", None, {"CUDA_VISIBLE_DEVICES": "0"}, "SKIP", "no AMD GPU"),
     (visibility.check_integrated, QUAD, None, {}, "PASS", "no mix"),
-    (visibility.check_integrated, BOTH, None, {}, "FAIL", "export HIP_VISIBLE_DEVICES=0 "),
+    (visibility.check_integrated, BOTH, None, {}, "PASS", "sets HIP_VISIBLE_DEVICES=0,"),
+    (visibility.check_integrated, BOTH, None, {"HIP_VISIBLE_DEVICES": "0,1"}, "FAIL", "export HIP_VISIBLE_DEVICES=0 "),
     (visibility.check_integrated, BOTH, None, {"HIP_VISIBLE_DEVICES": "0"}, "PASS", "no mix"),
     (visibility.check_integrated, NONE, None, {}, "SKIP", "no usable"),
     (visibility.check_order, QUAD, None, {}, "PASS", "3 = 0000:63:00.0"),
@@ -298,7 +299,9 @@ def test_linux_firmware(tree: Callable[[str], Path], version: str, outcome: str)
     assert look(versions.check_firmware, root).outcome == outcome
 
 
-@pytest.mark.parametrize(("target", "outcome"), [("gfx1201", "PASS"), ("gfx1100", "FAIL"), (None, "SKIP")])
+@pytest.mark.parametrize(
+    ("target", "outcome"), [("gfx1201", "PASS"), ("gfx1100", "FAIL"), ("gfx12010", "FAIL"), (None, "SKIP")]
+)
 def test_image_without_the_gpus_target(tree: Callable[[str], Path], target: str | None, outcome: str) -> None:
     root = tree(QUAD)
     if target is not None:

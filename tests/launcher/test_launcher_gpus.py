@@ -9,7 +9,7 @@ import pytest
 
 from step128_launcher.hardware import probe
 from step128_launcher.machine import nvidia
-from step128_launcher.machine.kfd import gfx_target
+from step128_launcher.machine.kfd import address_of, gfx_target
 from step128_launcher.machine.reader import Reader
 from step128_launcher.machine.types import Gpu, PcieLink, TtmLimit
 
@@ -129,6 +129,20 @@ def test_gfx_targets(version: int, target: str | None) -> None:
     assert gfx_target(version) == target
 
 
+def test_location_ids() -> None:
+    assert address_of("0001:c5:02.3") == (1, 0xC5 << 8 | 2 << 3 | 3)
+
+
+def test_a_use_above_the_total_is_no_figure(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "single-r9700", tree, symlinks=True)
+    used = tree / "sys/class/drm/card1/device/mem_info_vram_used"
+    used.write_text(f"{R9700_BYTES + 1}\n")
+    found = probe(tree, {})
+    assert found.gpus[0].vram_used_bytes is None and found.gpus[0].vram_total_bytes == R9700_BYTES
+    assert len(found.unreadable) == 1 and "more than the total" in found.unreadable[0]
+
+
 A, B, C, D = (f"0000:{bus}:00.0" for bus in ("03", "23", "43", "63"))
 SECOND = "GPU-00005A5A00000081"
 
@@ -140,6 +154,7 @@ SECOND = "GPU-00005A5A00000081"
         ({"HIP_VISIBLE_DEVICES": "0,2"}, [A, C]),
         ({"HIP_VISIBLE_DEVICES": ""}, [A, B, C, D]),
         ({"HIP_VISIBLE_DEVICES": "-1"}, []),
+        ({"HIP_VISIBLE_DEVICES": "-2"}, []),
         ({"HIP_VISIBLE_DEVICES": "1,7,2"}, [B]),
         ({"ROCR_VISIBLE_DEVICES": ""}, []),
         ({"ROCR_VISIBLE_DEVICES": f"0,{SECOND}"}, [A, B]),
@@ -306,6 +321,15 @@ def test_one_bad_field_of_nvidias_answer_costs_that_field(tmp_path: Path, old: s
     (gpu,) = found.gpus
     assert getattr(gpu, lost) is None and not gpu.integrated and gpu.name == "NVIDIA RTX PRO 6000"
     assert len(found.unreadable) == 1 and "0000:01:00.0" in found.unreadable[0]
+
+
+def test_unified_memory_by_the_gpus_capability_too(tmp_path: Path) -> None:
+    """A future driver may answer with a figure where today's says [N/A]; it still is the host's memory."""
+    tree = tmp_path / "tree"
+    shutil.copytree(MACHINES / "dgx-spark", tree)
+    (tree / nvidia.RECORDED).write_text(CARD.replace(" 12.0,", " 12.1,") + "\n")
+    (gpu,) = probe(tree, {}).gpus
+    assert gpu.integrated and gpu.vram_total_bytes is None
 
 
 @pytest.mark.parametrize(("value", "visible"), [("", 0), ("0", 1), ("GPU-1234", 1), ("1", 0), ("MIG-1", 1)])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -41,6 +42,14 @@ def check_all_reduce(context: Context, *, wanted: bool, on_cpu: bool, limit_seco
 
 def run_probe(ranks: int, backend: str, environment: Mapping[str, str], limit_seconds: float, *options: str) -> Finding:
     """Run the probe in a process group of its own, and end the whole group at the limit."""
+    # The folder where the ranks meet is ours: a probe that is killed cannot remove it.
+    with tempfile.TemporaryDirectory(prefix="step128-all-reduce-") as folder:
+        return _run_probe(ranks, backend, environment, limit_seconds, "--folder", folder, *options)
+
+
+def _run_probe(
+    ranks: int, backend: str, environment: Mapping[str, str], limit_seconds: float, *options: str
+) -> Finding:
     import subprocess  # only here: nothing else of the launcher's start needs it
 
     command = [sys.executable, "-m", _MODULE, "--ranks", str(ranks), "--backend", backend]
@@ -67,7 +76,7 @@ def run_probe(ranks: int, backend: str, environment: Mapping[str, str], limit_se
         return failed(
             NAME,
             f"{backend}, {ranks} ranks: exit {process.returncode}: {last[0][:200]}",
-            "Run it by hand for the whole message: " + " ".join(command[1:]),
+            "Run it by hand for the whole message: " + " ".join(["python", *command[1:7]]),
         )
     return _report(ranks, backend, output)
 

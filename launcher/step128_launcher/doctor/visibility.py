@@ -86,6 +86,12 @@ def check_integrated(context: Context) -> Finding:
         )
     order = hip_order(context.hardware.gpus)
     indices = ",".join(str(index) for index, gpu in enumerate(order) if gpu in context.cards)
+    if indices and not context.hardware.visible_devices:
+        return passed(
+            name,
+            f"{addresses(small)} ({small[0].name}) is integrated; `step128 serve` sets HIP_VISIBLE_DEVICES={indices}, "
+            "so that only the cards are used",
+        )
     return failed(
         name,
         f"{addresses(small)} ({small[0].name}) is integrated and would be used beside {addresses(context.cards)}",

@@ -4,12 +4,13 @@ Source: vllm/model_executor/layers/quantization/compressed_tensors/schemes/ (wNa
 Each group of modules has a scheme; a weight may be stored in any of them, or unquantized (the `ignore` list).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from step128_launcher.formats.fields import Fields
 from step128_launcher.formats.forms import INT32, SCALE_DTYPES, Form, TensorMaker
-from step128_launcher.formats.fp8 import FLOAT8, block_scale, block_size, scales_without_blocks
+from step128_launcher.formats.fp8 import FLOAT8, block_scale, block_size, in_float32, scales_without_blocks
 from step128_launcher.model_weights import Cut, Weight
 from step128_launcher.tensors import ExpectedTensor
 
@@ -40,8 +41,9 @@ class Scheme:
         else:
             dtypes = FLOAT8 if self.format == _FLOAT else frozenset({"I8"})
             values = make.values("weight", (make.rows, make.columns), dtypes)
+            inputs = tuple(map(in_float32, make.single("input_scale", SCALE_DTYPES)))
             for scale in self._scales(make):
-                yield Form((values, scale), make.single("input_scale", SCALE_DTYPES))
+                yield Form((values, in_float32(scale)), inputs)
 
     def _packed(self, make: TensorMaker) -> Iterator[Form]:
         per_int32 = 32 // self.bits
@@ -83,6 +85,12 @@ class CompressedTensors:
     def label(self) -> str:
         """Name the formats."""
         return ", ".join(dict.fromkeys(scheme.format for scheme in self.schemes))
+
+    @property
+    def group_size(self) -> int | None:
+        """Return the common multiple of all schemes' groups and blocks."""
+        sizes = [scheme.block[1] if scheme.block else scheme.group_size for scheme in self.schemes]
+        return math.lcm(*(size for size in sizes if size)) if any(sizes) else None
 
     def forms(self, weight: Weight) -> Iterator[Form]:
         """Yield the forms of every scheme."""

@@ -34,6 +34,10 @@ class ForeignFormat(Protocol):
     def label(self) -> str:
         """What the figures are, e.g. "4-bit, groups of 128"."""
 
+    @property
+    def group_size(self) -> int | None:
+        """Input columns that share a scale; None: all of a row."""
+
     def forms(self, weight: Weight) -> Iterable[Form]:
         """Yield the quantized forms of a weight [..., N, K], none if its shape cannot be packed so."""
 

@@ -5,7 +5,7 @@ Source: vllm/model_executor/layers/quantization/fp8.py. With `weight_block_size`
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from step128_launcher.formats.fields import Fields
@@ -28,6 +28,11 @@ class Fp8:
         """Say what has a scale."""
         return f"{self.block[0]}x{self.block[1]} blocks" if self.block else "a scale a row or weight"
 
+    @property
+    def group_size(self) -> int | None:
+        """Columns of a block."""
+        return self.block[1] if self.block else None
+
     def forms(self, weight: Weight) -> Iterator[Form]:
         """Yield float8 values with each spelling of their scales."""
         make = TensorMaker(weight)
@@ -35,13 +40,18 @@ class Fp8:
         inputs = make.single("input_scale", SCALE_DTYPES)
         scales = [block_scale(make, "weight_scale_inv", self.block)] if self.block else scales_without_blocks(make)
         for scale in scales:
-            yield Form((values, scale), inputs)
+            yield Form((values, in_float32(scale)), tuple(map(in_float32, inputs)))
 
 
 def read_fp8(fields: Fields) -> Fp8:
     """Read a quantization_config of this method."""
     block = fields.optional("weight_block_size")
     return Fp8(None if block is None else block_size(fields, "weight_block_size", block))
+
+
+def in_float32(scale: ExpectedTensor) -> ExpectedTensor:
+    """Return the scale of 8-bit values as vLLM holds it (ChannelQuant-, BlockQuant-, PerTensorScaleParameter)."""
+    return replace(scale, float32_in_memory=True)
 
 
 def block_size(fields: Fields, key: str, value: Any) -> tuple[int, int]:

@@ -118,7 +118,11 @@ def test_tokens_are_summed_over_engines() -> None:
     assert tokens_done(text) == 17.0 and tokens_done("") == 0.0
 
 
-def test_the_first_start_may_hang_as_well(bench: Bench) -> None:
+def test_a_start_that_hangs_is_diagnosed_and_not_repeated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step128_launcher.hang_guard._GLANCE_SECONDS", 0.2)
     bench.patience = replace(bench.patience, max_restarts=3)
     error = bench.fail("never", start_timeout_seconds=0.3)
     assert error.exit_code == ExitCode.SERVER_FAILED and bench.starts() == 1
+    assert "not ready within 0 seconds; it is idle" in error.message
+    evidence = next(iter(bench.job.state_dir.glob("hang-*.txt")))
+    assert str(evidence) in error.hint and "Threads:" in evidence.read_text()

@@ -29,8 +29,8 @@ Maximum concurrency for 204,800 tokens per request: 4.68x
 (estimated), difference: 0.06 GiB (13.6%).
 (Worker_TP0 pid=8) INFO 11-23 16:30:09 [gpu_worker.py:1045] Free memory on device (31.5/31.86 GiB) on startup. \
 Desired GPU memory utilization is (0.95, 30.27 GiB). Actual usage is 27.0 GiB for consumed memory (weights + \
-non-torch), 1.67 GiB for peak activation, and 0.44 GiB for CUDAGraph memory. Replace gpu_memory_utilization config with \
-`--kv-cache-memory=1` (0.0 GiB) to fit into requested memory, or `--kv-cache-memory=2` (0.0 GiB) to fully utilize gpu.
+non-torch), 1.67 GiB for peak activation, and 0.44 GiB for CUDAGraph memory. Replace gpu_memory_utilization config \
+with `--kv-cache-memory=1` (0.0 GiB) to fit into requested memory, or `--kv-cache-memory=2` (0.0 GiB).
 """.splitlines()
 
 # Lines of a real start on a CPU.
@@ -112,7 +112,7 @@ def test_with_a_given_cache_only_the_debug_log_tells_the_peak() -> None:
     lines = [
         "(Worker_TP0 pid=8) INFO [m.py:1] Model loading took 26.0 GiB memory and 1.0 seconds",
         "(Worker_TP0 pid=8) DEBUG [gpu_worker.py:1] Memory profiling takes 3.00 seconds. Total non KV cache memory: "
-        "28.5GiB; torch peak memory increase: 1.6GiB; total consumed (from mem_get_info): 27.25GiB; weights memory: 26GiB",
+        "28.5GiB; torch peak memory increase: 1.6GiB; total consumed (from mem_get_info): 27.25GiB; weights memory: 26",
     ]
     seen = read_reality(lines)
     assert seen.activation_bytes == round(1.25 * GIB) and seen.non_torch_bytes == round(1.25 * GIB)

@@ -107,11 +107,6 @@ def test_the_start_s_lines_mean_nothing_later(bench: Bench) -> None:
     assert bench.fail("die_talking").exit_code == ExitCode.SERVER_FAILED
 
 
-def test_start_timeout(bench: Bench) -> None:
-    error = bench.fail("never", start_timeout_seconds=0.5)
-    assert error.exit_code == ExitCode.SERVER_FAILED and "not ready within" in error.message
-
-
 def test_port_in_use_is_found_before_anything_starts(bench: Bench) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", bench.job.server.port))

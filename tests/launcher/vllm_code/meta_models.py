@@ -27,7 +27,8 @@ from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
 from step128_kernels.vllm_plugin.components import component_of_module
 
-ATTENTION_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale")  # parameters only until the weights are loaded
+# Parameters of an attention layer only until the weights are loaded.
+ATTENTION_SCALES = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 
 
 class PretendedGroup:
@@ -136,6 +137,17 @@ def describe(spec: Any) -> str:
     return f"{type(spec).__name__} heads {spec.num_kv_heads} size {spec.head_size} {spec.dtype} window {window}"
 
 
+def least_accepted(config: VllmConfig, specs: dict[str, Any], need: int, groups: Any) -> int | None:
+    """Return the bytes of one request and the null block if vLLM takes them, and not a byte less; else None."""
+    least = need + int(kv_cache_utils._pool_bytes_per_block(config, groups))
+    kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [least])
+    try:
+        kv_cache_utils.get_kv_cache_configs(config, [dict(specs)], [least - 1])
+    except ValueError:
+        return least
+    return None
+
+
 def kv_figures(specs: dict[str, Any], folder: str, axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Return vLLM's plan for every combination: bytes of one request, and of a pool for 2.5 requests the capacity."""
     found = []
@@ -167,6 +179,7 @@ def kv_figures(specs: dict[str, Any], folder: str, axes: dict[str, list[Any]]) -
             {
                 "case": [drafts, element, block, batched, config.max_concurrent_batches, context],
                 "groups": [len(group.layer_names) for group in groups],
+                "least_bytes": least_accepted(config, chosen, need, groups),
                 "bytes_per_block": kv_cache_utils._pool_bytes_per_block(config, groups),
                 "need_bytes": need,
                 "pool_bytes": pool,

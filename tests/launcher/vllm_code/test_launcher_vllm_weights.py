@@ -16,7 +16,8 @@ NAMES = [
     "all-linears/16",
     "None/4/ep",
     "all/8/ep",
-    "235 experts/4/ep",
+    "uneven/4/ep",
+    *(f"float8/{ranks}" for ranks in (1, 4, 16)),
 ]
 # The launcher's components that no policy names; vLLM's modules of these are told apart only by what they serve.
 REST = {"router", "norms", "head_gates", "vision_other", "mtp_eh_proj"}
