@@ -8,6 +8,9 @@ from step128_launcher.profiles import Profile
 from step128_launcher.sizes import format_bytes
 from step128_launcher.speculation import SHORT_CONTEXT_TOKENS, TIE
 
+# The verdict on a candidate that differs in nothing a person would weigh.
+RANKS_BELOW = "fits; ranks below by the objective"
+
 
 def explain_choice(
     best: Candidate,
@@ -141,4 +144,4 @@ def _verdict(best: Candidate, other: Candidate, judge: Judge) -> str:
         change = other.left_bytes - best.left_bytes
         more = "more" if change > 0 else "less"
         differences.append(f"{format_bytes(abs(change))} {more} for the KV cache of a rank")
-    return "fits; " + (", ".join(differences) or "ranks below by the objective")
+    return f"fits; {', '.join(differences)}" if differences else RANKS_BELOW

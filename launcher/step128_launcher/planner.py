@@ -21,7 +21,7 @@ from step128_launcher.quantization import Format
 from step128_launcher.remedies import Retry, does_not_fit, unmet_wish
 from step128_launcher.speculation import SHORT_CONTEXT_TOKENS, SpeedRow
 
-# After an out-of-memory at the start, plans for budgets smaller by this share of the pool are tried.
+# After an out-of-memory at the start, budgets smaller than the plan's own sum by this share, twice it, … are tried.
 _FALLBACKS, _FALLBACK_SHARE = 3, 0.03
 
 
@@ -149,8 +149,8 @@ class _Planner:
         found: list[Plan] = []
         seen = {_settings(plan)}
         for step in range(1, 3 * _FALLBACKS + 1):
-            less = int(step * _FALLBACK_SHARE * self.budget.total_bytes)
-            budget = replace(self.budget, budget_bytes=min(plan.memory.total_bytes, self.budget.budget_bytes) - less)
+            share = 1 - step * _FALLBACK_SHARE
+            budget = replace(self.budget, budget_bytes=int(share * plan.memory.total_bytes))
             try:
                 leaner = self.plan(self.choose(budget), budget)
             except _NothingFitsError:

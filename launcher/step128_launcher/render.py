@@ -9,6 +9,7 @@ from rich.text import Text
 
 from step128_launcher.command import API_KEY_VARIABLE, UNSET_VARIABLES
 from step128_launcher.errors import LauncherError
+from step128_launcher.explain import RANKS_BELOW
 from step128_launcher.footprint import ModelFootprint
 from step128_launcher.machine.types import Hardware
 from step128_launcher.memory import MemoryLine, MemoryPlan
@@ -50,11 +51,18 @@ def print_plan(console: Console, plan: Plan, footprint: ModelFootprint, hardware
 
 
 def print_rejected(console: Console, rejected: Sequence[Alternative]) -> None:
-    """Print what was not chosen, the first dozen."""
-    for alternative in rejected[:_SHOWN_REJECTED]:
+    """Print what was not chosen, the first dozen of those that tell something; --json has all."""
+    telling = [alternative for alternative in rejected if not _is_plain(alternative)]
+    for alternative in telling[:_SHOWN_REJECTED]:
         _say(console, f"  - {alternative.wish}: {alternative.reason}.")
-    if len(rejected) > _SHOWN_REJECTED:
-        _say(console, f"  - … {len(rejected) - _SHOWN_REJECTED} more in --json.")
+    if len(telling) > _SHOWN_REJECTED:
+        _say(console, f"  - … {len(telling) - _SHOWN_REJECTED} more in --json.")
+
+
+def _is_plain(alternative: Alternative) -> bool:
+    """Whether nobody would ask for it: less of something that costs nothing, or just ranked below."""
+    lesser = alternative.wish.startswith(("max_num_seqs", "max_num_batched_tokens"))
+    return alternative.reason == RANKS_BELOW or (lesser and alternative.reason.startswith("fits"))
 
 
 def print_memory(console: Console, memory: MemoryPlan) -> None:
@@ -120,13 +128,15 @@ def explain_item(plan: Plan, item: str) -> list[tuple[str, list[str]]]:
     """Return title and sentences of every memory line, setting, reason or alternative that `item` names."""
     wanted = item.lower().replace("-", "_").strip("_ ")
     found: list[tuple[str, list[str]]] = []
+    if not wanted:
+        return found
     for memory in filter(None, (plan.memory, plan.host_memory)):
         for line in memory.lines:
             if wanted in line.name.lower().replace("-", "_"):
                 found.append((f"{line.name} ({memory.where}): {format_bytes(line.total_bytes)}", _about(line)))
-    value = getattr(plan, wanted, None)
-    if isinstance(value, str | int | float | bool):
-        found.append((f"{wanted}: {value}", []))
+    value = getattr(plan, wanted, ())
+    if value is None or isinstance(value, str | int | float | bool):
+        found.append((f"{wanted}: {'not set on this device' if value is None else value}", []))
     words = [wanted, _KEYWORDS.get(wanted, wanted).lower()]
     notes = [reason for reason in plan.reasons if any(word in reason.lower() for word in words)]
     notes += [

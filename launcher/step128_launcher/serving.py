@@ -117,5 +117,7 @@ def _run(
             | {"calibration": calibration_document(plan, planned.footprint.path, planned.hardware)},
         )
 
-    patience = Patience(max_step_downs=options.max_step_downs, max_restarts=options.max_restarts)
+    patience = Patience(
+        max_step_downs=options.max_step_downs, max_restarts=options.max_restarts, hang_seconds=options.hang_seconds
+    )
     return Supervisor(make_job, planned.plan, status, progress, patience).run()

@@ -45,6 +45,33 @@ def test_argv_without_mtp_and_eager(plan: Plan) -> None:
     assert "--speculative-config" not in argv and "--enforce-eager" not in argv
 
 
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("machine", ["quad-r9700", "quad-48gb", "strix-halo-128-gtt120", "dgx-spark", "jetson-thor"])
+def test_vllm_knows_every_flag_of_the_profiles(
+    machine: str,
+    measure: bool,
+    recorded: Callable[[str], Hardware],
+    profile_of: Callable[[str], Profile],
+    real_model: Callable[[str | None], ModelFootprint],
+) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    profile = profile_of("strix-halo-128" if machine.startswith("strix") else machine)
+    plan = make_plan(recorded(machine), real_model("all-linears"), profile, Limits())
+    argv = list(server_argv(plan, replace(SERVER, measure_memory=measure))[3:])
+    argv[argv.index("--load-format") + 1] = "auto"
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    assert parsed.attention_backend == plan.attention_backend and parsed.disable_cascade_attn
+    # Its argparse takes any text here; the names are checked when the engine starts.
+    assert all(AttentionBackendEnum[backend.name] for backend in profile.attention_backends)
+    assert parsed.mm_encoder_attn_backend is None or AttentionBackendEnum[parsed.mm_encoder_attn_backend]
+    assert parsed.kv_cache_memory_bytes == (None if measure else plan.kv_cache_memory_bytes)
+    share = plan.memory.budget_bytes / plan.memory.total_memory_bytes if measure else plan.gpu_memory_utilization
+    assert parsed.gpu_memory_utilization == pytest.approx(share, abs=0.01)
+
+
 def test_vllm_knows_every_flag(plan: Plan) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

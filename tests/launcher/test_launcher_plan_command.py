@@ -1,0 +1,226 @@
+"""`step128 plan` for recorded machines, from config.json alone: documents, commands, explanations, exit codes."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step128_launcher import checkpoint, cli, plan_json
+from step128_launcher.errors import ExitCode
+
+MACHINES = Path(__file__).parents[1] / "machines"
+REAL_MODEL = Path(__file__).parents[1] / "data" / "step-3.7-flash-240"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No profile, state or calibration of whoever runs the tests."""
+    for name in ("STEP128_PROFILE", "STEP128_PROFILES_DIR", "NCCL_PROTO", "NCCL_P2P_DISABLE", "VLLM_ROCM_USE_AITER"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `step128 plan` on a recorded machine; exit status, output, errors."""
+
+    def plan(*arguments: str, machine: str = "quad-r9700", policy: str = "all-linears") -> tuple[int, str, str]:
+        common = ["plan", "--machine", str(MACHINES / machine), "--policy", policy]
+        try:
+            code = cli.main([*common, *arguments])
+        except SystemExit as error:  # argparse ends the process
+            code = int(error.code or 0)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.out + output.err
+        return code, output.out, output.err
+
+    return plan
+
+
+def documented(text: str) -> dict[str, Any]:
+    """The keys of a sentence such as `a, b {c, d [{e}]}` as nested mappings; None where no keys are given."""
+    keys: dict[str, Any] = {}
+    depth, item = 0, ""
+    for mark in text + ",":
+        depth += (mark in "{[") - (mark in "}]")
+        if mark != "," or depth:
+            item += mark
+            continue
+        name = re.match(r"\s*(\w+)", item)
+        inner = re.search(r"\{(.*)\}", item, re.DOTALL)
+        if name:
+            keys[name[1]] = documented(inner[1]) if inner else None
+        item = ""
+    return keys
+
+
+def keys_of(value: Any, wanted: dict[str, Any] | None) -> Any:
+    """The keys of a document, as deep as `wanted` goes."""
+    if isinstance(value, list):
+        value = value[0] if value else {}
+    if wanted is None or not isinstance(value, dict):
+        return None
+    return {name: keys_of(inner, wanted.get(name)) for name, inner in value.items()}
+
+
+def test_the_document_is_the_documented_one(run: Run) -> None:
+    text = str(plan_json.__doc__).partition("one JSON object:")[2].partition("An error gives")[0]
+    text = re.sub(r"\([^()]*\)", "", text).replace(" and ", ", ").strip().removesuffix(".")
+    wanted = documented(text)
+    free = ("speed_sources", "environment")  # their keys are inputs and variables
+    wanted |= dict.fromkeys(free)
+    code, out, _ = run(str(REAL_MODEL), "--json")
+    document = json.loads(out)
+    assert code == 0 and document["schema"] == plan_json.SCHEMA == 2
+    wanted["memory"] = wanted["host_memory"]  # described once
+    assert wanted["settings"] and wanted["memory"]["lines"] and wanted["speed"] and wanted["machine"]["gpus"]
+    assert keys_of(document, wanted) == wanted
+    assert document["model"]["assumed"] and document["model"]["policy"] == "all-linears"
+    _, out, _ = run(str(REAL_MODEL), "--json", machine="single-r9700")
+    refusal = json.loads(out)
+    assert set(refusal) == {"schema", "error", "hint", "exit_code", "result", "memory", "rejected"}
+    assert refusal["result"] == "does not fit" and keys_of(refusal["memory"], wanted["memory"]) == wanted["memory"]
+
+
+def test_settings_have_vllm_s_names(run: Run) -> None:
+    """Each is an argument of vLLM's engine, but what step128 decides itself and what vLLM takes in another unit."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = json.loads(run(str(REAL_MODEL), "--json")[1])["settings"]
+    ours = {"vision", "num_speculative_tokens", "mm_processor_cache_bytes"}
+    assert {name for name in settings if not hasattr(EngineArgs, name)} == ours
+
+
+ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-name step-3.7-flash-240
+    --host 127.0.0.1 --port 8000 --load-format step128 --dtype bfloat16 --max-model-len 204800 --block-size 16
+    --kv-cache-dtype fp8 --gpu-memory-utilization 0.95 --kv-cache-memory-bytes 1343913984
+    --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4 --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
+    --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
+    --middleware step128_launcher.middleware.RequireApiKey
+    --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' --attention-backend TRITON_ATTN
+    --disable-cascade-attn --mm-encoder-attn-backend=TRITON_ATTN --disable-custom-all-reduce"""
+ENVIRONMENT = {
+    "STEP128_LOAD_REPORT_DIR": "STATE/load-reports",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONSAFEPATH": "1",
+    "NCCL_PROTO": "Simple",
+    "NCCL_P2P_DISABLE": "1",
+    "VLLM_ROCM_USE_AITER": "0",
+}
+
+
+def test_the_exact_command_on_four_r9700(run: Run) -> None:
+    code, out, _ = run(str(REAL_MODEL), "--dry-run", "--state-dir", "/STATE")
+    words = shlex.split(out)
+    start = words.index(sys.executable)
+    assert code == 0 and words[start + 1 :] == shlex.split(ARGV.replace("MODEL", str(REAL_MODEL)))
+    assignments = dict(word.split("=", 1) for word in words[1:start] if "=" in word)
+    assert assignments.pop("VLLM_API_KEY") == "$(cat /STATE/api_key)"
+    assert assignments == ENVIRONMENT | {"STEP128_LOAD_REPORT_DIR": "/STATE/load-reports"}
+    document = json.loads(run(str(REAL_MODEL), "--json", "--state-dir", "/STATE")[1])
+    assert document["argv"] == words[start:] and document["environment"] == assignments
+
+
+def test_variables_of_the_user_are_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
+    environment = json.loads(run(str(REAL_MODEL), "--json")[1])["environment"]
+    assert "NCCL_P2P_DISABLE" not in environment and environment["NCCL_PROTO"] == "Simple"
+    assert "NCCL_P2P_DISABLE" not in run(str(REAL_MODEL), "--dry-run")[1]
+
+
+def test_text_only_serves_no_images(run: Run) -> None:
+    argv = json.loads(run(str(REAL_MODEL), "--json", "--no-vision")[1])["argv"]
+    assert argv[argv.index("--limit-mm-per-prompt") + 1] == '{"image": 0}'
+    assert argv[argv.index("--mm-processor-cache-gb") + 1] == "0.0"
+
+
+@pytest.mark.parametrize("machine", ["quad-r9700", "strix-halo-128-gtt120"])
+def test_every_line_and_setting_is_explained(machine: str, run: Run) -> None:
+    narrow = (str(REAL_MODEL), "--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "--kv-cache-dtype", "fp8")
+    document = json.loads(run(*narrow, "--json", machine=machine)[1])
+    for pool in ("memory", "host_memory"):
+        for line in document[pool]["lines"]:
+            code, out, _ = run(*narrow, "--explain", line["name"], machine=machine)
+            assert code == 0 and f"{line['bytes']:,} bytes; {line['evidence']}: " in out, line["name"]
+    for name, value in document["settings"].items():
+        code, out, _ = run(*narrow, "--explain", name.replace("_", "-"), machine=machine)
+        assert code == 0 and f"{name}: {value}\n" in out
+    assert "MTP depth 3: the deepest within 10%" in run(str(REAL_MODEL), "--explain", "num_speculative_tokens")[1]
+
+
+@pytest.mark.parametrize("item", ["flux capacitor", "_", "__class__", "memory"])
+def test_an_unknown_item_is_a_usage_error(item: str, run: Run) -> None:
+    code, out, err = run(str(REAL_MODEL), "--explain", item)
+    assert code == ExitCode.USAGE and out == "" and "Memory items: " in err and "max_model_len" in err
+
+
+def test_a_setting_that_a_device_has_not_is_explained(run: Run) -> None:
+    for name in ("attention_backend", "gpu_memory_utilization"):
+        code, out, _ = run(str(REAL_MODEL), "--explain", name, "--profile", "cpu", "--memory", "200GiB")
+        assert code == 0 and f"{name}: not set on this device" in out
+
+
+def test_candidates(run: Run) -> None:
+    document = json.loads(run(str(REAL_MODEL), "--json", "--candidates")[1])
+    assert len(document["candidates"]) == document["considered"]
+    assert all(entry["reason"] or not entry["missing_bytes"] for entry in document["candidates"])
+    assert run(str(REAL_MODEL), "--candidates")[0] == ExitCode.USAGE
+
+
+def test_no_shard_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "read_shards", lambda folder: pytest.fail("a shard was read"))
+    code, out, _ = run(str(REAL_MODEL))
+    assert code == 0 and "WARNING  No shard was read" in out and "RESULT   fits: context 204800, MTP 3" in out
+
+
+CODES: list[tuple[list[str], str, int, str]] = [
+    ([], "quad-r9700", 0, ""),
+    ([], "single-r9700", 3, "four such cards"),
+    ([], "gpu-node", 4, "No profile is for this machine"),
+    (["--profile", "strix-halo-128"], "quad-r9700", 4, "is for gfx1151"),
+    (["--tensor-parallel-size", "8"], "quad-r9700", 4, "needs 8 GPUs"),
+    (["--profile", "tpu"], "quad-r9700", 78, "no profile 'tpu'"),
+    (["--policy", "everything"], "quad-r9700", 78, "no quantization policy 'everything'"),
+    (["--machine", "/nowhere"], "quad-r9700", 66, "/nowhere is no folder"),
+    (["--machine", "/dev/null"], "quad-r9700", 66, "is no folder"),
+    (["--machine", str(REAL_MODEL)], "quad-r9700", 4, "does not give MemTotal"),
+    (["--pipeline-parallel-size", "2"], "quad-r9700", 2, "vLLM refuses pipeline parallelism"),
+    (["--tensor-parallel-size", "3"], "quad-r9700", 2, "do not divide"),
+    (["--max-model-len", "262145"], "quad-r9700", 2, "above the model's own maximum"),
+    (["--num-speculative-tokens", "4"], "quad-r9700", 2, "invalid choice"),
+    (["--attention-backend", "FLASH_ATTN"], "quad-r9700", 2, "known there: TRITON_ATTN, ROCM_ATTN"),
+    (["--block-size", "8"], "quad-r9700", 2, "multiple of 16"),
+    (["--acceptance", "0.9,1.1"], "quad-r9700", 2, "from 0 to 1"),
+    (["--acceptance", "nan"], "quad-r9700", 2, "from 0 to 1"),
+    (["--objective", "everything"], "quad-r9700", 2, "invalid choice"),
+    (["--max-num-seqs", "100000"], "quad-r9700", 2, "--max-num-batched-tokens 2048 is below"),
+    (["--memory", "1B"], "quad-r9700", 3, "1 B may be used"),
+    (["--memory", "900GiB"], "quad-r9700", 0, ""),
+    (["--attention-backend", "ROCM_ATTN", "--kv-cache-dtype", "fp8"], "quad-r9700", 3, "ROCM_ATTN is not for"),
+    (["--attention-backend", "ROCM_ATTN", "--max-model-len", "200000"], "quad-r9700", 3, "ROCM_ATTN is not for"),
+    (["--profile", "cpu"], "quad-r9700", 3, "102.00 GiB may be used"),
+    (["--enable-expert-parallel"], "quad-r9700", 0, ""),
+    (["--dtype", "float32"], "quad-48gb", 0, ""),
+]
+
+
+@pytest.mark.parametrize(("arguments", "machine", "code", "text"), CODES)
+def test_exit_codes(arguments: list[str], machine: str, code: int, text: str, run: Run) -> None:
+    found, out, err = run(str(REAL_MODEL), *arguments, machine=machine)
+    assert found == code and text in err and (out == "") == (code != 0)
+
+
+def test_models_that_are_not_there_or_broken(run: Run, tmp_path: Path) -> None:
+    assert run(str(tmp_path / "none"))[0] == ExitCode.INPUT_NOT_FOUND
+    (tmp_path / "config.json").write_bytes(b"\xff{")
+    assert run(str(tmp_path))[0] == ExitCode.BAD_CHECKPOINT
+    assert run(str(tmp_path / "config.json"))[0] in (ExitCode.INPUT_NOT_FOUND, ExitCode.BAD_CHECKPOINT)
+    assert cli.main(["plan", str(REAL_MODEL), "--machine", str(MACHINES / "no-gpu")]) == ExitCode.BAD_CHECKPOINT
