@@ -2,6 +2,7 @@
 #   make demo [KEEP=1] [PORT=8000] [METRICS_PORT=9128]   from nothing to an answer; KEEP=1 leaves the server running
 #   make test               lint, types, tests, the real vLLM included
 #   make proof              the long proofs (see LOG.md)
+#   make bench              start of `step128 plan`, reading of 40,000 headers
 #   PIP_ARGS="..."          extra arguments of pip, e.g. an index with torch's CPU build (README, "Installing")
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,7 +15,7 @@ PORT ?= 8000
 METRICS_PORT ?= 9128
 KEEP ?=
 
-.PHONY: setup demo test lint proof clean
+.PHONY: setup demo test lint proof bench clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,11 @@ test: lint
 
 proof: $(STAMP)
 	$(BIN)/pytest -m proof -s $(PYTEST_ARGS)
+
+# Each prints figures for people, and one JSON document as its last line.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/plan_start.py
+	$(BIN)/python benchmarks/read_headers.py
 
 clean:
 	rm -rf "$(DEMO_DIR)"/tiny "$(DEMO_DIR)"/tiny-nl4 "$(DEMO_DIR)"/state .pytest_cache .mypy_cache .ruff_cache dist

@@ -170,7 +170,8 @@ class Ledger:
 
     def _weights(self, load: Load) -> tuple[MemoryLine, ...]:
         ranks = self.ranks_in_pool(load)
-        return tuple(_weights_line(part, ranks) for part in self.weights_of(load))
+        source = "config.json and the policy" if self.footprint.assumed else "headers of the shards, config.json"
+        return tuple(_weights_line(part, ranks, source) for part in self.weights_of(load))
 
     def _rope(self, load: Load) -> MemoryLine:
         """Return the rotary tables: one for all full layers, one for all sliding layers, and the vision tower's."""
@@ -283,9 +284,9 @@ def kv_line(kv_cache_memory_bytes: int, ranks_in_pool: int, explanation: str) ->
     return MemoryLine("KV cache", kv_cache_memory_bytes * ranks_in_pool, VLLM_CODE, explanation, source)
 
 
-def _weights_line(part: RankWeights, ranks: int) -> MemoryLine:
+def _weights_line(part: RankWeights, ranks: int, source: str) -> MemoryLine:
     name = f"{'draft' if part.draft else 'weights'}: {part.component}"
-    line = MemoryLine(name, part.rank_bytes * ranks, COMPUTED, part.explanation, "headers of the shards, config.json")
+    line = MemoryLine(name, part.rank_bytes * ranks, COMPUTED, part.explanation, source)
     return line if ranks == 1 else replace(line, explanation=f"{part.explanation}, {ranks} ranks")
 
 

@@ -83,7 +83,9 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         default=None,
         help="stay up, unhealthy, where a restart cannot help (default: STEP128_SERVICE=1 in the environment)",
     )
-    serve.add_argument("--max-restarts", type=int, default=5, help="after crashes, without 10 minutes of health between (default: 5)")
+    serve.add_argument(
+        "--max-restarts", type=int, default=5, help="without 10 minutes of health between (default: %(default)s)"
+    )
     serve.add_argument(
         "--hang-seconds",
         type=float,

@@ -39,7 +39,9 @@ MEMORY = ("--profile", "cpu", "--memory", "6GiB")
 def sixteen_gib(monkeypatch: pytest.MonkeyPatch, make_machine: Callable[..., Hardware]) -> None:
     """These tests must not depend on the machine that runs them."""
     monkeypatch.setattr(planning, "probe", make_machine)
-    for name in ("STEP128_API_KEY", "VLLM_API_KEY"):
+    for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, "/nonexistent")
+    for name in ("STEP128_API_KEY", "VLLM_API_KEY", "STEP128_PROFILE", "STEP128_PROFILES_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 

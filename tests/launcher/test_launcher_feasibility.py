@@ -223,3 +223,14 @@ def test_no_integrated_gpu_takes_part(plan_for: MakePlan, recorded: Recorded) ->
     plan = plan_for(roomy, "single-r9700", "all-linears", Limits())
     assert plan.gpu_addresses == (card.pci_address,) and plan.tensor_parallel_size == 1
     assert plan.memory.total_memory_bytes == 120 * GIB
+    # In the order of HIP, which is the compute driver's; on a machine without another GPU nothing is hidden.
+    assert ("HIP_VISIBLE_DEVICES", "0") in plan.environment
+    alone = plan_for("quad-r9700", "quad-r9700", "all-linears")
+    assert not any(name.endswith("VISIBLE_DEVICES") for name, _ in alone.environment)
+
+
+def test_the_source_of_the_weights_is_told(plan_for: MakePlan) -> None:
+    weights = [line for line in plan_for("quad-r9700", "quad-r9700", "all").memory.lines if "weights:" in line.name]
+    assert weights and {(line.evidence, line.source) for line in weights} == {
+        ("computed", "config.json and the policy")  # no shard was read
+    }

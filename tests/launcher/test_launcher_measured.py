@@ -11,8 +11,12 @@ import pytest
 from step128_launcher import cli
 from step128_launcher.budget import make_budget
 from step128_launcher.calibration import Measurement, Settings, machine_key, model_fingerprint, save
+from step128_launcher.candidates import DIMENSIONS, search
 from step128_launcher.checkpoint import ModelFootprint
+from step128_launcher.choices import make_space
 from step128_launcher.machine.types import Hardware
+from step128_launcher.measured import finder
+from step128_launcher.memory import Ledger
 from step128_launcher.plan import Limits, Plan
 from step128_launcher.planner import make_plan
 from step128_launcher.profiles import Profile
@@ -78,24 +82,30 @@ def test_measured_lines_replace_the_assumed_ones(plan_for: MakePlan) -> None:
 
 
 def test_the_search_uses_what_the_table_shows(
-    plan_for: MakePlan, recorded: Callable[[str], Hardware], profile_of: Callable[[str], Profile]
+    plan_for: MakePlan,
+    recorded: Callable[[str], Hardware],
+    profile_of: Callable[[str], Profile],
+    real_model: Callable[[str | None], ModelFootprint],
 ) -> None:
-    """The budget less the printed lines is what the refused wish for more requests was told to be available."""
-    wish = Limits(max_model_len=204800, num_speculative_tokens=3, max_num_seqs=16, max_num_batched_tokens=2048)
+    hardware, footprint, profile = recorded("quad-r9700"), real_model("all-linears"), profile_of("quad-r9700")
+    wish = Limits(max_model_len=131072, num_speculative_tokens=3, max_num_batched_tokens=2048, kv_cache_dtype="fp8")
     before = plan_for(limits=wish)
-    plan = plan_for(measured(before), limits=wish)
+    measurement = measured(before)
+    plan = plan_for(measurement, limits=wish)
+    assert plan.memory.total_bytes <= plan.memory.budget_bytes and lines(plan)["activations"].evidence == "measured"
+    budget = make_budget(hardware, profile, wish)
+    space, _ = make_space(hardware, footprint, profile, wish, budget)
+    mine = [plan.kv_cache_dtype if name == "kv_cache_dtype" else getattr(plan, name) for name in DIMENSIONS]
+
+    def left(*measurements: Measurement) -> int:
+        found = search(footprint, space, budget, Ledger(footprint, profile, finder(measurements)), None)
+        (chosen,) = [one for one in found if [one.value(name) for name in DIMENSIONS] == mine]
+        return chosen.left_bytes
+
     fixed = plan.memory.total_bytes - lines(plan)["KV cache"].total_bytes
-    budget = make_budget(recorded("quad-r9700"), profile_of("quad-r9700"), wish)
-    concurrency = next(item for item in plan.rejected if item.wish.startswith("KV cache for 16 requests"))
-    per_request = plan.kv_cache_memory_bytes / (1 + plan.prediction.kv_cache_max_concurrency)
-    needed = concurrency.missing_bytes or 0
-    assert needed > 14 * per_request
-    left = budget.budget_bytes - fixed
-    assert plan.memory.total_bytes <= plan.memory.budget_bytes == budget.budget_bytes
-    blocks = left // (plan.kv_cache_memory_bytes // plan.prediction.num_gpu_blocks)
-    assert plan.prediction.num_gpu_blocks <= blocks
-    # Two requests fit where one did: the measurement freed 446 MiB of what was assumed.
-    assert before.prediction.kv_cache_max_concurrency < plan.prediction.kv_cache_max_concurrency + 1
+    assert left(measurement) == budget.budget_bytes - fixed
+    assumed = sum(lines(before)[name].total_bytes for name in ASSUMED)
+    assert left(measurement) - left() == assumed - (1100 + 300 + 700) * MIB
 
 
 @pytest.mark.parametrize(
@@ -122,6 +132,21 @@ def test_a_measurement_of_other_settings_changes_nothing(other: dict[str, Any], 
         attention_backend="TRITON_ATTN",
     )
     assert plan_for(measured(before, **other), limits=wish) == plan_for(limits=wish)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        Limits(vision=False),
+        Limits(num_speculative_tokens=2),
+        Limits(max_num_seqs=8),
+        Limits(max_num_batched_tokens=512),
+        Limits(attention_backend="ROCM_ATTN"),
+        Limits(enforce_eager=True),
+    ],
+)
+def test_other_settings_are_not_planned_with_it(wish: Limits, plan_for: MakePlan) -> None:
+    assert plan_for(measured(plan_for()), limits=wish) == plan_for(limits=wish)
 
 
 @pytest.mark.parametrize("activation", [0, 20 * GIB])
@@ -168,14 +193,16 @@ def test_the_stored_one_is_used_for_its_model_only(
     monkeypatch.delenv("STEP128_PROFILE", raising=False)
     command = ["plan", str(REAL_MODEL), "--policy", "all-linears", "--machine", str(MACHINES / "quad-r9700"), "--json"]
 
-    def evidence() -> set[str]:
+    def evidence(warning: bool = False) -> set[str]:
         assert cli.main(command) == 0
-        return {line["evidence"] for line in json.loads(capsys.readouterr().out)["memory"]["lines"]}
+        document = json.loads(capsys.readouterr().out)
+        assert any("calibration" in text and "Delete it" in text for text in document["warnings"]) == warning
+        return {line["evidence"] for line in document["memory"]["lines"]}
 
     folder, key = tmp_path / "step128" / "calibration", machine_key(recorded("quad-r9700"))
     save(measured(plan_for(), model="another"), key, folder)
     assert "measured" not in evidence()
     path = save(measured(plan_for()), key, folder)
     assert "measured" in evidence()
-    path.write_text("{")  # a broken file is never fatal
-    assert "measured" not in evidence()
+    path.write_text("{")  # a broken file is never fatal, but it is said
+    assert "measured" not in evidence(warning=True)

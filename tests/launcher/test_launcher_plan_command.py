@@ -101,7 +101,8 @@ def test_settings_have_vllm_s_names(run: Run) -> None:
 ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-name step-3.7-flash-240
     --host 127.0.0.1 --port 8000 --load-format step128 --dtype bfloat16 --max-model-len 204800 --block-size 16
     --kv-cache-dtype fp8 --gpu-memory-utilization 0.95 --kv-cache-memory-bytes 1343913984
-    --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4 --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
+    --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4
+    --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
     --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
     --middleware step128_launcher.middleware.RequireApiKey
     --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' --attention-backend TRITON_ATTN
