@@ -194,14 +194,20 @@ def _other_policies(space: Space, leanest: Candidate, again: Retry) -> list[str]
     found: list[str] = []
     now = again.ledger.weights_bytes(leanest.load)
     quantized = footprint.quantization is not None
+    # Whether it fits is decided by the leanest settings; the others need not be tried.
+    lean = replace(
+        space, max_num_seqs=(min(space.max_num_seqs),), max_num_batched_tokens=(min(space.max_num_batched_tokens),)
+    )
     for policy in form.policies:
         try:
             other = assume_footprint(footprint.path, form, policy)
         except LauncherError:
             return found  # a config.json that cannot be quantized; it was good enough to be planned as it is
         saved = now - Ledger(other, again.profile).weights_bytes(leanest.load)
-        best = again.best(space if quantized else replace(space, kv_cache_dtypes=("fp8", "auto")), other)
-        if saved > 0 and best is not None:
+        if saved * again.ledger.ranks_in_pool(leanest.load) < max(1, leanest.missing_bytes or 0):
+            continue
+        best = again.best(lean if quantized else replace(lean, kv_cache_dtypes=("fp8", "auto")), other)
+        if best is not None:
             found.append(f"policy {policy}: +{format_bytes(saved)} a rank (fits, with a context of {best.context})")
     if not found and not quantized:
         found.append("quantize the checkpoint (step128-checkpoint quantize): not enough by itself")
