@@ -14,11 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from step128_launcher.checkpoint import read_footprint
 from step128_launcher.configs_dir import find_configs_dir
-from step128_launcher.model_config import read_model_config
-from step128_launcher.quantization import read_format
-from step128_launcher.tensors import expected_tensors
+from step128_launcher.model.checkpoint import read_footprint
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import read_format
+from step128_launcher.model.tensors import expected_tensors
 
 CONFIG = Path(__file__).parents[1] / "tests" / "data" / "step-3.7-flash-240" / "config.json"
 EXPERTS, SHARDS, RUNS = 308, 100, 5

@@ -54,6 +54,26 @@ def test_import_directions(room: str) -> None:
         assert not top_level(path) & forbidden, path
 
 
+# Inside the launcher: which packages each may import besides itself and the modules at the top.
+LAUNCHER_LAYERS = {
+    "machine": set(),
+    "model": set(),
+    "planning": {"machine", "model"},
+    "supervisor": {"model", "planning"},
+    "doctor": {"machine", "model", "planning"},
+    "commands": {"machine", "model", "planning", "supervisor", "doctor"},
+}
+
+
+@pytest.mark.parametrize("layer", LAUNCHER_LAYERS)
+def test_launcher_layers(layer: str) -> None:
+    known = {f"step128_launcher.{name}" for name in LAUNCHER_LAYERS}
+    allowed = {f"step128_launcher.{name}" for name in LAUNCHER_LAYERS[layer] | {layer}}
+    for path in sorted((ROOT / "launcher/step128_launcher" / layer).rglob("*.py")):
+        used = {".".join(name.split(".")[:2]) for name in imports(path)}
+        assert used & known <= allowed, path
+
+
 @pytest.mark.parametrize("room", ["launcher", "evals"])
 def test_room_needs_no_heavy_library(room: str) -> None:
     for path in sources(room):

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from step128_launcher.commands.options import parse
 from step128_launcher.errors import INTERRUPTED, ExitCode, LauncherError
-from step128_launcher.options import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(error: LauncherError, as_json: bool) -> None:
     # Only what a command needs is imported: a plan should be there in a fraction of a second.
-    from step128_launcher import consoles, render
-    from step128_launcher.plan import DoesNotFitError
-    from step128_launcher.plan_json import error_document
+    from step128_launcher import consoles
+    from step128_launcher.commands import render
+    from step128_launcher.commands.plan_json import error_document
+    from step128_launcher.planning.plan import DoesNotFitError
 
     if as_json:
         _print(json.dumps(error_document(error), indent=1))
@@ -56,22 +57,23 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 def _plan(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.plan_json import plan_document
-    from step128_launcher.planning import make_planned
+    from step128_launcher.commands.plan_json import plan_document
+    from step128_launcher.commands.planned import make_planned
 
     planned = make_planned(options)
     plan = planned.plan
     if options.json:
         document = plan_document(plan, planned.footprint, planned.hardware, planned.server)
         if options.candidates:
-            from step128_launcher.planner import all_candidates
+            from step128_launcher.planning.planner import all_candidates
 
             document["candidates"] = all_candidates(
                 planned.hardware, planned.footprint, planned.profile, planned.limits
             )
         _print(json.dumps(document, indent=1))
         return ExitCode.OK
-    from step128_launcher import consoles, render
+    from step128_launcher import consoles
+    from step128_launcher.commands import render
 
     if options.explain:
         found = render.explain_item(plan, options.explain)
@@ -84,7 +86,7 @@ def _plan(options: argparse.Namespace) -> ExitCode:
             )
         render.print_explanation(consoles.stdout(), found)
     elif options.dry_run:
-        from step128_launcher.serving import print_dry_run
+        from step128_launcher.commands.serving import print_dry_run
 
         print_dry_run(options, planned)
     else:
@@ -93,17 +95,17 @@ def _plan(options: argparse.Namespace) -> ExitCode:
 
 
 def _serve(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.serving import run_serve
+    from step128_launcher.commands.serving import run_serve
 
     return run_serve(options)
 
 
 def _profiles(options: argparse.Namespace) -> ExitCode:
+    from step128_launcher.commands.listing import as_text, list_entries
+    from step128_launcher.commands.planned import read_machine, read_model
     from step128_launcher.configs_dir import find_configs_dir
-    from step128_launcher.listing import as_text, list_entries
-    from step128_launcher.planning import read_machine, read_model
-    from step128_launcher.profiles import load_profile, profile_files, user_profiles_dir
-    from step128_launcher.quantization import read_format
+    from step128_launcher.model.quantization import read_format
+    from step128_launcher.planning.profiles import load_profile, profile_files, user_profiles_dir
 
     configs_dir, user_dir = find_configs_dir(), user_profiles_dir()
     profiles = {name: load_profile(configs_dir, name, user_dir) for name in profile_files(configs_dir, user_dir)}
@@ -119,21 +121,21 @@ def _profiles(options: argparse.Namespace) -> ExitCode:
 
 
 def _doctor(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.doctor_command import run_doctor_command
+    from step128_launcher.commands.doctor_command import run_doctor_command
 
     return run_doctor_command(options)
 
 
 def _calibrate(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.calibrate import run_calibrate
-    from step128_launcher.planning import state_dir
+    from step128_launcher.commands.calibrate import run_calibrate
+    from step128_launcher.commands.planned import state_dir
 
     return run_calibrate(options, state_dir(options))
 
 
 def _status(options: argparse.Namespace) -> ExitCode:
-    from step128_launcher.planning import state_dir
-    from step128_launcher.status_command import run_status
+    from step128_launcher.commands.planned import state_dir
+    from step128_launcher.commands.status_command import run_status
 
     return run_status(options, state_dir(options))
 

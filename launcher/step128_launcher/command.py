@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.plan import Plan
+from step128_launcher.planning.plan import Plan
 
 PLUGIN_NAME = "step128"
 API_KEY_VARIABLE = "VLLM_API_KEY"

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from step128_launcher.cgroup import read_cgroup
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.amd import read_amd_gpus
+from step128_launcher.machine.cgroup import read_cgroup
 from step128_launcher.machine.host import (
     read_container,
     read_device_nodes,

@@ -17,9 +17,9 @@ from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.reader import Checkpoint
 from step128_checkpoint.tiny.config import hub_config
 from step128_launcher.configs_dir import find_configs_dir
-from step128_launcher.model_config import read_model_config
-from step128_launcher.quantization import read_format
-from step128_launcher.tensors import expected_tensors
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import read_format
+from step128_launcher.model.tensors import expected_tensors
 
 MakeCheckpoint = Callable[..., Path]
 SCALE = r"self_attn\.{}_proj\.{}_scale"

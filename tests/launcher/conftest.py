@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint, assume_footprint, read_footprint
 from step128_launcher.configs_dir import find_configs_dir
 from step128_launcher.hardware import probe
 from step128_launcher.machine.types import Hardware
-from step128_launcher.model_config import read_model_config
-from step128_launcher.profiles import Profile, load_profile
-from step128_launcher.quantization import CODEBOOK, Format, read_format, read_quantization
-from step128_launcher.tensors import expected_tensors, kv_scale_names
+from step128_launcher.model.checkpoint import ModelFootprint, assume_footprint, read_footprint
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import CODEBOOK, Format, read_format, read_quantization
+from step128_launcher.model.tensors import expected_tensors, kv_scale_names
+from step128_launcher.planning.profiles import Profile, load_profile
 
 TESTS = Path(__file__).parents[1]
 REAL_MODEL = TESTS / "data" / "step-3.7-flash-240"

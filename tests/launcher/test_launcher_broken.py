@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.quantization import Format
+from step128_launcher.model.checkpoint import read_footprint
+from step128_launcher.model.quantization import Format
 
 MakeCheckpoint = Callable[..., Path]
 MIB = 1 << 20

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from step128_launcher.checkpoint import read_footprint
 from step128_launcher.errors import LauncherError
-from step128_launcher.model_config import read_model_config
-from step128_launcher.quantization import CODEBOOK, Format
-from step128_launcher.tensors import expected_tensors
+from step128_launcher.model.checkpoint import read_footprint
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import CODEBOOK, Format
+from step128_launcher.model.tensors import expected_tensors
 
 MakeCheckpoint = Callable[..., Path]
 MIB = 1 << 20
@@ -96,7 +96,7 @@ def test_mtp_layers_may_have_no_scales(quantized: bool, make_checkpoint: MakeChe
 
 
 def test_forty_thousand_tensors_by_their_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from step128_launcher.shards import read_shards
+    from step128_launcher.model.shards import read_shards
 
     headers = 0
     for shard in range(100):

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from step128_launcher import cli, exporter, planning
+from step128_launcher import cli
+from step128_launcher.commands import planned as planning
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.exporter import Exporter
-from step128_launcher.lock import hold_lock
 from step128_launcher.machine.types import Hardware
-from step128_launcher.status import ServerStatus
+from step128_launcher.supervisor import exporter
+from step128_launcher.supervisor.exporter import Exporter
+from step128_launcher.supervisor.lock import hold_lock
+from step128_launcher.supervisor.status import ServerStatus
 
 MakeCheckpoint = Callable[..., Path]
 REFUSED = [

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from step128_launcher.api_key import find_api_key
-from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.command import Server, server_argv, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.middleware import RequireApiKey
-from step128_launcher.plan import Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.preflight import check_port_free
-from step128_launcher.profiles import Profile
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
+from step128_launcher.supervisor.preflight import check_port_free
 
 SERVER = Server(Path("/models/m"), "m", "127.0.0.1", 8000, Path("/state/load-reports"), 20)
 

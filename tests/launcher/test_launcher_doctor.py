@@ -28,8 +28,8 @@ from step128_launcher.doctor import (
 from step128_launcher.doctor.context import Context
 from step128_launcher.hardware import probe
 from step128_launcher.machine.types import Gpu, Hardware, PcieLink, TtmLimit
-from step128_launcher.profile_schema import AttentionBackend
-from step128_launcher.profiles import Profile, load_profile
+from step128_launcher.planning.profile_schema import AttentionBackend
+from step128_launcher.planning.profiles import Profile, load_profile
 
 MACHINES = Path(__file__).parents[1] / "machines"
 GIB = 2**30

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from step128_launcher.checkpoint import read_footprint
 from step128_launcher.doctor import checkpoint as model_checks
 from step128_launcher.doctor import memory
 from step128_launcher.doctor.context import Context
 from step128_launcher.hardware import probe
-from step128_launcher.quantization import Format
+from step128_launcher.model.checkpoint import read_footprint
+from step128_launcher.model.quantization import Format
 
 MACHINES = Path(__file__).parents[1] / "machines"
 GIB = 2**30

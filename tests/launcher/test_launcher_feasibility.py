@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.errors import ExitCode
-from step128_launcher.kv_cache import kv_shape
 from step128_launcher.machine.types import Hardware
-from step128_launcher.memory import Ledger, Load
-from step128_launcher.plan import DoesNotFitError, Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.quantization import Format
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.model.quantization import Format
+from step128_launcher.planning.kv_cache import kv_shape
+from step128_launcher.planning.memory import Ledger, Load
+from step128_launcher.planning.plan import DoesNotFitError, Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
 
 GIB = 2**30
 FULL = Limits(max_model_len=204800, num_speculative_tokens=3)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.kv_cache import KvShape, kv_shape, longest_context, predict
-from step128_launcher.model_config import FULL_ATTENTION
+from step128_launcher.model.model_config import FULL_ATTENTION
+from step128_launcher.planning.kv_cache import KvShape, kv_shape, longest_context, predict
 
 CASES = [
     # (full, sliding, window, drafted tokens of 3 MTP layers, bytes/element, block, max_num_batched_tokens, context)

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from step128_launcher import cli
-from step128_launcher.budget import make_budget
-from step128_launcher.calibration import Measurement, Settings, machine_key, model_fingerprint, save
-from step128_launcher.candidates import DIMENSIONS, search
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.choices import make_space
 from step128_launcher.machine.types import Hardware
-from step128_launcher.measured import finder
-from step128_launcher.memory import Ledger
-from step128_launcher.plan import Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.budget import make_budget
+from step128_launcher.planning.calibration import Measurement, Settings, machine_key, model_fingerprint, save
+from step128_launcher.planning.candidates import DIMENSIONS, search
+from step128_launcher.planning.choices import make_space
+from step128_launcher.planning.measured import finder
+from step128_launcher.planning.memory import Ledger
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
 
 MIB, GIB = 2**20, 2**30
 MACHINES = Path(__file__).parents[1] / "machines"

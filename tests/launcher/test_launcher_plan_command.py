@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from step128_launcher import checkpoint, cli, plan_json
+from step128_launcher import cli
+from step128_launcher.commands import plan_json
 from step128_launcher.errors import ExitCode
+from step128_launcher.model import checkpoint
 
 MACHINES = Path(__file__).parents[1] / "machines"
 REAL_MODEL = Path(__file__).parents[1] / "data" / "step-3.7-flash-240"

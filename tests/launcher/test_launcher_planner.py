@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.errors import LauncherError
-from step128_launcher.kv_cache import kv_shape
 from step128_launcher.machine.types import Hardware
-from step128_launcher.model_config import read_model_config
-from step128_launcher.plan import DoesNotFitError, Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.quantization import Format, read_quantization
-from step128_launcher.tensors import expected_tensors
+from step128_launcher.model.checkpoint import ModelFootprint, read_footprint
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import Format, read_quantization
+from step128_launcher.model.tensors import expected_tensors
+from step128_launcher.planning.kv_cache import kv_shape
+from step128_launcher.planning.plan import DoesNotFitError, Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
 
 MakeMachine = Callable[..., Hardware]
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from step128_launcher.budget import HOST_MEMORY, Budget, make_budget
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import AMD, NVIDIA, Gpu, Hardware, TtmLimit
-from step128_launcher.plan import Limits
-from step128_launcher.pools import DeviceMemory, device_memory
-from step128_launcher.profiles import Profile
+from step128_launcher.planning.budget import HOST_MEMORY, Budget, make_budget
+from step128_launcher.planning.plan import Limits
+from step128_launcher.planning.pools import DeviceMemory, device_memory
+from step128_launcher.planning.profiles import Profile
 
 GIB = 2**30
 # 125 GiB of host memory, 121 GiB of it available.

@@ -11,7 +11,7 @@ import yaml
 from step128_launcher import cli
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
-from step128_launcher.profiles import (
+from step128_launcher.planning.profiles import (
     Profile,
     choose_profile,
     load_profile,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint, read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
-from step128_launcher.plan import DoesNotFitError, Limits
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.quantization import Format
+from step128_launcher.model.checkpoint import ModelFootprint, read_footprint
+from step128_launcher.model.quantization import Format
+from step128_launcher.planning.plan import DoesNotFitError, Limits
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
 
 MakeMachine = Callable[..., Hardware]
 

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from step128_launcher.budget import Budget, make_budget
-from step128_launcher.candidates import DIMENSIONS, Candidate, Space, search
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.choices import make_space, speed_inputs
 from step128_launcher.errors import LauncherError
-from step128_launcher.kv_cache import KvShape, longest_context
 from step128_launcher.machine.types import Hardware
-from step128_launcher.memory import Ledger
-from step128_launcher.objective import Judge
-from step128_launcher.plan import OBJECTIVES, DoesNotFitError, Limits, Plan
-from step128_launcher.planner import all_candidates, make_plan
-from step128_launcher.profiles import Profile
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.budget import Budget, make_budget
+from step128_launcher.planning.candidates import DIMENSIONS, Candidate, Space, search
+from step128_launcher.planning.choices import make_space, speed_inputs
+from step128_launcher.planning.kv_cache import KvShape, longest_context
+from step128_launcher.planning.memory import Ledger
+from step128_launcher.planning.objective import Judge
+from step128_launcher.planning.plan import OBJECTIVES, DoesNotFitError, Limits, Plan
+from step128_launcher.planning.planner import all_candidates, make_plan
+from step128_launcher.planning.profiles import Profile
 
 GIB = 2**30
 BOXES = {

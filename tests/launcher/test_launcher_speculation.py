@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint
 from step128_launcher.machine.types import Hardware
-from step128_launcher.plan import Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.speculation import (
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.speculation import (
     TIE,
     SpeedInputs,
     SpeedRow,

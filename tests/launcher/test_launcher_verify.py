@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.load_report import LoadReport, read_load_reports
 from step128_launcher.machine.types import Hardware
-from step128_launcher.plan import Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.verify import Observation, Outcome, verify
-from step128_launcher.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail, remedy
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
+from step128_launcher.supervisor.load_report import LoadReport, read_load_reports
+from step128_launcher.supervisor.verify import Observation, Outcome, verify
+from step128_launcher.supervisor.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail, remedy
 
 
 @pytest.fixture

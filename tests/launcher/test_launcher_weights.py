@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint, assume_footprint, read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.quantization import Format, read_format
-from step128_launcher.weights import RankWeights, indivisible, rank_weights
+from step128_launcher.model.checkpoint import ModelFootprint, assume_footprint, read_footprint
+from step128_launcher.model.quantization import Format, read_format
+from step128_launcher.model.weights import RankWeights, indivisible, rank_weights
 
 MakeCheckpoint = Callable[..., Path]
 GIB = 2**30

@@ -23,10 +23,11 @@ from pathlib import Path
 import pytest
 from launched import Server, alive, descendants, free_port, launch
 
-from step128_launcher import cli, command, serving
+from step128_launcher import cli, command
+from step128_launcher.commands import serving
+from step128_launcher.commands.planned import Planned, make_planned
 from step128_launcher.errors import ExitCode
-from step128_launcher.plan import Plan
-from step128_launcher.planning import Planned, make_planned
+from step128_launcher.planning.plan import Plan
 
 # vLLM's start on two busy cores.
 START_SECONDS, END_SECONDS = 300.0, 60.0

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from step128_launcher.checkpoint import read_footprint
 from step128_launcher.doctor import attention, checkpoint, containers, memory, power, rccl, versions, visibility
 from step128_launcher.doctor.all_reduce import check_all_reduce
 from step128_launcher.doctor.context import Context
@@ -11,8 +10,9 @@ from step128_launcher.doctor.finding import FAIL, PASS, SKIP, WARN, Finding, fai
 from step128_launcher.doctor.report import any_failed, findings_document, print_findings
 from step128_launcher.errors import LauncherError
 from step128_launcher.machine.types import Hardware
-from step128_launcher.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
-from step128_launcher.quantization import read_format
+from step128_launcher.model.checkpoint import read_footprint
+from step128_launcher.model.quantization import read_format
+from step128_launcher.planning.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
 
 __all__ = [
     "FAIL",

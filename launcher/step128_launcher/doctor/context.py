@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from step128_launcher.footprint import ModelFootprint
 from step128_launcher.machine.types import AMD, Gpu, Hardware
-from step128_launcher.profiles import Profile
+from step128_launcher.model.footprint import ModelFootprint
+from step128_launcher.planning.profiles import Profile
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from step128_launcher.doctor.context import Context
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
 from step128_launcher.machine.types import Gpu
-from step128_launcher.pools import device_memory
+from step128_launcher.planning.pools import device_memory
 from step128_launcher.sizes import format_bytes
 
 _GIB = 2**30

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import assume_footprint, read_footprint
-from step128_launcher.quantization import Format
-from step128_launcher.weights import indivisible, rank_weights
+from step128_launcher.model.checkpoint import assume_footprint, read_footprint
+from step128_launcher.model.quantization import Format
+from step128_launcher.model.weights import indivisible, rank_weights
 
 ForeignCheckpoint = Callable[..., Path]
 MakeCheckpoint = Callable[..., Path]

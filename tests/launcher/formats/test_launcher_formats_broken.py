@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import assume_footprint, read_footprint
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.quantization import Format
+from step128_launcher.model.checkpoint import assume_footprint, read_footprint
+from step128_launcher.model.quantization import Format
 
 ForeignCheckpoint = Callable[..., Path]
 Change = Callable[[dict[str, list[Any]], dict[str, Any]], None]

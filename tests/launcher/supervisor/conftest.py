@@ -16,15 +16,15 @@ from rich.console import Console
 
 from step128_launcher.command import Server, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.footprint import ModelFootprint
-from step128_launcher.job import Job, Patience
 from step128_launcher.machine.types import Hardware
-from step128_launcher.plan import Limits, Plan
-from step128_launcher.planner import make_plan
-from step128_launcher.profiles import Profile
-from step128_launcher.progress import Progress
-from step128_launcher.serve import Supervisor
-from step128_launcher.status import ServerStatus, State
+from step128_launcher.model.footprint import ModelFootprint
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile
+from step128_launcher.supervisor.job import Job, Patience
+from step128_launcher.supervisor.progress import Progress
+from step128_launcher.supervisor.serve import Supervisor
+from step128_launcher.supervisor.status import ServerStatus, State
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 

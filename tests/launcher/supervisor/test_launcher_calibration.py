@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.calibrate import calibration_document, run_calibrate, settings_of
-from step128_launcher.calibration import (
+from step128_launcher.commands.calibrate import calibration_document, run_calibrate, settings_of
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.machine.types import AMD, Gpu, Hardware
+from step128_launcher.planning.calibration import (
     Measurement,
     Settings,
     calibration_folder,
@@ -21,8 +23,6 @@ from step128_launcher.calibration import (
     model_fingerprint,
     save,
 )
-from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.machine.types import AMD, Gpu, Hardware
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 SETTINGS = Settings("0123456789ab", 4, 3, 16, 2048, True, "TRITON_ATTN", "fp8", False)

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from step128_launcher import process
 from step128_launcher.errors import ExitCode
 from step128_launcher.files import cannot_write
-from step128_launcher.log_cap import cap_log, keep_earlier_logs
-from step128_launcher.process import ProcessGroup
-from step128_launcher.procfs import group_members
-from step128_launcher.status import State
+from step128_launcher.supervisor import process
+from step128_launcher.supervisor.log_cap import cap_log, keep_earlier_logs
+from step128_launcher.supervisor.process import ProcessGroup
+from step128_launcher.supervisor.procfs import group_members
+from step128_launcher.supervisor.status import State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 
@@ -61,7 +61,7 @@ def test_nohup_is_respected(bench: Bench) -> None:
 
 def test_a_killed_launcher_takes_vllm_with_it(tmp_path: Path, bench: Bench) -> None:
     script = (
-        "import os, sys, time; from pathlib import Path; from step128_launcher.process import ProcessGroup; "
+        "import os, sys, time; from pathlib import Path; from step128_launcher.supervisor.process import ProcessGroup; "
         "group = ProcessGroup([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)'], "
         "os.environ, Path(sys.argv[1]), 0.3); print(group.pid, flush=True); time.sleep(60)"
     )
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_ends_nothing(bench: Bench, monkeypatch: pytest.Mon
         if len(written) > 1:
             raise cannot_write(path, OSError(errno.ENOSPC, "No space left on device"))
 
-    monkeypatch.setattr("step128_launcher.state_files.write_atomically", full)
+    monkeypatch.setattr("step128_launcher.supervisor.state_files.write_atomically", full)
     handler = signal.getsignal(signal.SIGTERM)
     assert bench.run(signals=(signal.SIGTERM,)) is ExitCode.OK
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -128,7 +128,7 @@ def test_a_second_signal_kills_at_once(bench: Bench) -> None:
 
 
 def test_a_server_that_ignores_sigterm_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step128_launcher.attempt._EXIT_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("step128_launcher.supervisor.attempt._EXIT_GRACE_SECONDS", 0.0)
     assert bench.run("stubborn", signals=(signal.SIGTERM,)) is ExitCode.OK
     assert "did not end within 1 s: killed" in bench.text()
     bench.assert_nothing_left()
@@ -154,7 +154,7 @@ def test_shared_memory_of_killed_processes_is_removed(tmp_path: Path) -> None:
 def test_a_launcher_killed_while_vllm_loads_takes_it_along(tmp_path: Path) -> None:
     """The server ignores SIGTERM, as vLLM does until it has loaded, and so does the child that it has."""
     script = (
-        "import os, sys, time; from pathlib import Path; from step128_launcher.process import ProcessGroup; "
+        "import os, sys, time; from pathlib import Path; from step128_launcher.supervisor.process import ProcessGroup; "
         "child = 'import os, signal, time; signal.signal(15, signal.SIG_IGN); pid = os.fork(); "
         "print(os.getpid(), flush=True); time.sleep(60)'; "
         "ProcessGroup([sys.executable, '-S', '-c', child], os.environ, Path(sys.argv[1]), 0.3); time.sleep(60)"

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from step128_launcher.errors import ExitCode
-from step128_launcher.hang import Activity, ActivityWatch, tokens_done
-from step128_launcher.job import Patience
-from step128_launcher.status import State
+from step128_launcher.supervisor.hang import Activity, ActivityWatch, tokens_done
+from step128_launcher.supervisor.job import Patience
+from step128_launcher.supervisor.status import State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step128_launcher.health.PROBE_SECONDS", 0.1)
-    monkeypatch.setattr("step128_launcher.hang._SAMPLE_SECONDS", 0.2)
+    monkeypatch.setattr("step128_launcher.supervisor.health.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("step128_launcher.supervisor.hang._SAMPLE_SECONDS", 0.2)
 
 
 @pytest.mark.usefixtures("quick")
@@ -119,7 +119,7 @@ def test_tokens_are_summed_over_engines() -> None:
 
 
 def test_a_start_that_hangs_is_diagnosed_and_not_repeated(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step128_launcher.hang_guard._GLANCE_SECONDS", 0.2)
+    monkeypatch.setattr("step128_launcher.supervisor.hang_guard._GLANCE_SECONDS", 0.2)
     bench.patience = replace(bench.patience, max_restarts=3)
     error = bench.fail("never", start_timeout_seconds=0.3)
     assert error.exit_code == ExitCode.SERVER_FAILED and bench.starts() == 1

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from step128_launcher.errors import ExitCode
-from step128_launcher.load_pace import LoadPace
-from step128_launcher.loading import Loaded, LoadMeter, shard_sizes
-from step128_launcher.procfs import mapped_bytes
-from step128_launcher.progress import Progress
-from step128_launcher.vllm_log import LogFollower
+from step128_launcher.supervisor.load_pace import LoadPace
+from step128_launcher.supervisor.loading import Loaded, LoadMeter, shard_sizes
+from step128_launcher.supervisor.procfs import mapped_bytes
+from step128_launcher.supervisor.progress import Progress
+from step128_launcher.supervisor.vllm_log import LogFollower
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 GIB = 2**30

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.comparison import ITEMS, compare, format_value, measured_figures, planned_figures
-from step128_launcher.exporter import Exporter
-from step128_launcher.reality import Reality, read_reality
+from step128_launcher.supervisor.comparison import ITEMS, compare, format_value, measured_figures, planned_figures
+from step128_launcher.supervisor.exporter import Exporter
+from step128_launcher.supervisor.reality import Reality, read_reality
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 GIB = 2**30

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from step128_launcher.errors import ExitCode
-from step128_launcher.job import Patience
-from step128_launcher.restarts import RestartPolicy
-from step128_launcher.status import State
+from step128_launcher.supervisor.job import Patience
+from step128_launcher.supervisor.restarts import RestartPolicy
+from step128_launcher.supervisor.status import State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 QUICK = Patience(max_restarts=2, first_pause_seconds=0.05)

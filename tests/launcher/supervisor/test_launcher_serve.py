@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.exporter import Exporter
-from step128_launcher.health import HealthWatch
-from step128_launcher.status import ServerStatus, State
+from step128_launcher.supervisor.exporter import Exporter
+from step128_launcher.supervisor.health import HealthWatch
+from step128_launcher.supervisor.status import ServerStatus, State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 
@@ -41,7 +41,7 @@ def test_the_log_of_the_run_before_is_kept(bench: Bench) -> None:
 
 
 def test_a_server_that_stops_answering_is_reported(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step128_launcher.health.PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("step128_launcher.supervisor.health.PROBE_SECONDS", 0.05)
     seen: list[bool] = []
 
     def stop_when_reported() -> None:

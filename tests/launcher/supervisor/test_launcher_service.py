@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
-from step128_launcher.exporter import Exporter
-from step128_launcher.hang import Activity
-from step128_launcher.job import Patience
-from step128_launcher.plan import DoesNotFitError
-from step128_launcher.service import hold_unhealthy, run_service
-from step128_launcher.status import ServerStatus, State
+from step128_launcher.planning.plan import DoesNotFitError
+from step128_launcher.supervisor.exporter import Exporter
+from step128_launcher.supervisor.hang import Activity
+from step128_launcher.supervisor.job import Patience
+from step128_launcher.supervisor.service import hold_unhealthy, run_service
+from step128_launcher.supervisor.status import ServerStatus, State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from step128_launcher.commands.status_command import read_status, run_status
 from step128_launcher.errors import ExitCode, LauncherError
-from step128_launcher.status import State
-from step128_launcher.status_command import read_status, run_status
+from step128_launcher.supervisor.status import State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 

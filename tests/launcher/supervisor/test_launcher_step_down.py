@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from step128_launcher.errors import ExitCode
-from step128_launcher.job import Patience
-from step128_launcher.out_of_memory import killed_for_memory, memory_complaint
-from step128_launcher.status import State
-from step128_launcher.step_down import given_up
+from step128_launcher.supervisor.job import Patience
+from step128_launcher.supervisor.out_of_memory import killed_for_memory, memory_complaint
+from step128_launcher.supervisor.status import State
+from step128_launcher.supervisor.step_down import given_up
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint, assume_footprint, read_footprint
-from step128_launcher.model_config import read_model_config
-from step128_launcher.quantization import CODEBOOK, Format
-from step128_launcher.tensors import expected_tensors
+from step128_launcher.model.checkpoint import ModelFootprint, assume_footprint, read_footprint
+from step128_launcher.model.model_config import read_model_config
+from step128_launcher.model.quantization import CODEBOOK, Format
+from step128_launcher.model.tensors import expected_tensors
 
 # Dimensions of Step-3.7-Flash pruned to 240 experts (its source: README.md beside it).
 REAL_CONFIG = Path(__file__).parents[2] / "data" / "step-3.7-flash-240" / "config.json"

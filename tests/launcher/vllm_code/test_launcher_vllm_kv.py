@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.kv_cache import kv_shape, predict
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.planning.kv_cache import kv_shape, predict
 
 Figures = Callable[[], dict[str, Any]]
 

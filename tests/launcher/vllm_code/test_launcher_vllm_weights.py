@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from step128_launcher.checkpoint import ModelFootprint
-from step128_launcher.weights import indivisible, rank_weights
+from step128_launcher.model.checkpoint import ModelFootprint
+from step128_launcher.model.weights import indivisible, rank_weights
 
 Figures = Callable[[], dict[str, Any]]
 NAMES = [

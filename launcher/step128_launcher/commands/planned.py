@@ -1,0 +1,183 @@
+"""From the command line to a plan: read the machine, the profile and the checkpoint, then decide."""
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from step128_launcher.command import Server
+from step128_launcher.configs_dir import find_configs_dir
+from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.hardware import probe
+from step128_launcher.machine.types import Hardware
+from step128_launcher.model.checkpoint import assume_footprint, read_footprint
+from step128_launcher.model.footprint import ModelFootprint
+from step128_launcher.model.quantization import Format, read_format
+from step128_launcher.planning.calibration import (
+    Calibration,
+    calibration_folder,
+    machine_key,
+    model_fingerprint,
+    read_calibration,
+)
+from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.planner import make_plan
+from step128_launcher.planning.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with all it was made from."""
+
+    plan: Plan
+    footprint: ModelFootprint
+    hardware: Hardware
+    profile: Profile
+    server: Server
+    limits: Limits
+
+
+def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> Planned:
+    """Read what the options name, and plan.
+
+    Raises:
+        LauncherError: whatever of it cannot be read, is broken, or does not fit.
+
+    """
+    configs_dir = find_configs_dir()
+    hardware = read_machine(options)
+    form = read_format(configs_dir)
+    profile = find_profile(options.profile, configs_dir, hardware)
+    footprint = read_model(options.model, getattr(options, "policy", None), form)
+    limits = limits_of(options)
+    calibration = read_measurements(hardware, footprint)
+    plan = make_plan(
+        hardware,
+        footprint,
+        profile,
+        limits,
+        measurements=calibration.measurements,
+        form=form,
+        with_fallbacks=with_fallbacks,
+    )
+    if calibration.warning:
+        plan = replace(plan, warnings=(*plan.warnings, calibration.warning))
+    server = Server(
+        model=footprint.path,
+        served_model_name=options.served_model_name or footprint.path.resolve().name,
+        host=options.host,
+        port=options.port,
+        load_report_dir=state_dir(options) / "load-reports",
+        shutdown_timeout_seconds=profile.shutdown_timeout_seconds,
+        measure_memory=_measures(options, profile),
+    )
+    return Planned(plan, footprint, hardware, profile, server, limits)
+
+
+def _measures(options: argparse.Namespace, profile: Profile) -> bool:
+    asked = bool(getattr(options, "measure", False))
+    if asked and profile.device == "cpu":
+        raise LauncherError(
+            ExitCode.USAGE,
+            f"--measure needs a GPU: on a CPU (profile {profile.name}) vLLM does not measure its memory at the start.",
+        )
+    return asked
+
+
+def read_machine(options: argparse.Namespace) -> Hardware:
+    """Return this machine, or the recorded one of --machine.
+
+    Raises:
+        LauncherError: 66, if that folder is not there; 4, if the machine does not tell its memory.
+
+    """
+    recorded: Path | None = getattr(options, "machine", None)
+    if recorded is None:
+        return probe()
+    if not recorded.is_dir():
+        raise LauncherError(
+            ExitCode.INPUT_NOT_FOUND,
+            f"The recorded machine {recorded} is no folder.",
+            "--machine takes a folder with the machine's /proc, /sys and /dev below it, as in tests/machines.",
+        )
+    return probe(recorded, {})
+
+
+def read_model(model: Path, policy: str | None, form: Format) -> ModelFootprint:
+    """Return the checkpoint, or what it would be under a policy.
+
+    Raises:
+        LauncherError: 66 or 65, if the checkpoint is not there or broken; 78, if there is no such policy.
+
+    """
+    folder = model.absolute()
+    if policy is not None:
+        return assume_footprint(folder, form, policy)
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*")):
+        raise LauncherError(
+            ExitCode.BAD_CHECKPOINT,
+            f"{folder} holds a config.json and no *.safetensors file.",
+            "Download or make the checkpoint. To plan from config.json alone: --policy "
+            + " | ".join(form.policies)
+            + ".",
+        )
+    return read_footprint(folder, form)
+
+
+def find_profile(asked: str | None, configs_dir: Path, hardware: Hardware) -> Profile:
+    """Return the profile asked for (--profile, else STEP128_PROFILE), or the one for this machine.
+
+    Raises:
+        LauncherError: 78, if there is no such profile or one is broken; 4, if none is for this machine.
+
+    """
+    user_dir = user_profiles_dir()
+    name = asked or os.environ.get("STEP128_PROFILE") or "auto"
+    if name != "auto":
+        return load_profile(configs_dir, name, user_dir)
+    if not hardware.has_gpu and not hardware.usable_gpus:
+        return load_profile(configs_dir, "cpu", user_dir)  # nothing to choose: the other files need not be read
+    profiles = {name: load_profile(configs_dir, name, user_dir) for name in profile_files(configs_dir, user_dir)}
+    return profiles[choose_profile(profiles, hardware)]
+
+
+def read_measurements(hardware: Hardware, footprint: ModelFootprint) -> Calibration:
+    """Return what earlier starts of this model on this machine measured, and what is wrong with their file."""
+    found = read_calibration(calibration_folder() / f"{machine_key(hardware)}.json")
+    if not found.measurements:
+        return found
+    model = model_fingerprint(footprint.path)
+    mine = tuple(measurement for measurement in found.measurements if measurement.settings.model == model)
+    return replace(found, measurements=mine)
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """Return what the user fixed."""
+    return Limits(
+        max_model_len=options.max_model_len,
+        num_speculative_tokens=options.num_speculative_tokens,
+        kv_cache_dtype=options.kv_cache_dtype,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        tensor_parallel_size=options.tensor_parallel_size,
+        dtype=options.dtype,
+        block_size=options.block_size,
+        enforce_eager=options.enforce_eager,
+        memory_bytes=options.memory,
+        vision=options.vision,
+        attention_backend=options.attention_backend,
+        enable_expert_parallel=options.enable_expert_parallel,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        objective=options.objective,
+        acceptance=options.acceptance,
+        acceptance_unconditional=options.acceptance_unconditional,
+    )
+
+
+def state_dir(options: argparse.Namespace) -> Path:
+    """Return the folder for log, key and status of the server on this port."""
+    if options.state_dir is not None:
+        folder: Path = options.state_dir
+        return folder.absolute()
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "step128" / str(options.port)

@@ -1,0 +1,123 @@
+"""`step128 serve`: from a plan to a supervised server, its metrics beside it."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+from step128_launcher import consoles
+from step128_launcher.api_key import find_api_key
+from step128_launcher.command import check_plugin_allowed, environment_changes, server_argv, server_environment
+from step128_launcher.commands.calibrate import calibration_document
+from step128_launcher.commands.plan_json import plan_document
+from step128_launcher.commands.planned import Planned, make_planned, state_dir
+from step128_launcher.commands.render import print_command, print_plan
+from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
+from step128_launcher.files import make_private_folder
+from step128_launcher.planning.budget import make_budget, memory_shortage
+from step128_launcher.planning.plan import Plan
+from step128_launcher.supervisor.exporter import Exporter
+from step128_launcher.supervisor.job import Job, Patience
+from step128_launcher.supervisor.lock import hold_lock
+from step128_launcher.supervisor.progress import Progress
+from step128_launcher.supervisor.serve import Supervisor
+from step128_launcher.supervisor.service import run_service
+from step128_launcher.supervisor.status import ServerStatus
+
+_SERVED_METHODS = ("nl4",)
+
+
+def print_dry_run(options: argparse.Namespace, planned: Planned) -> None:
+    """Print the environment and argv that `serve` would start vLLM with."""
+    api_key = find_api_key(getattr(options, "api_key_file", None), os.environ, state_dir(options), generate=False)
+    changes = environment_changes(planned.plan, planned.server)
+    print_command(consoles.stdout(), server_argv(planned.plan, planned.server), changes, api_key.shell_word)
+
+
+def run_serve(options: argparse.Namespace) -> ExitCode:
+    """Plan and serve until the end. As a service, what a restart cannot cure is held: up, unhealthy, with the reason.
+
+    Raises:
+        LauncherError: see ExitCode; as a service only 2, if there is no metrics port.
+
+    """
+    if options.dry_run:
+        check_plugin_allowed(os.environ)
+        planned = make_planned(options)
+        _check_servable(options, planned)
+        print_dry_run(options, planned)
+        return ExitCode.OK
+    service = _is_service(options)
+    status, progress = ServerStatus(), Progress(consoles.stderr())
+
+    def work() -> ExitCode:
+        # The port opens before there is a plan: what goes wrong while planning is to be seen there too.
+        with contextlib.ExitStack() as stack:
+            if options.metrics_port:
+                exporter = Exporter(status, options.metrics_host, options.metrics_port)
+                stack.callback(exporter.close)
+            return run_service(lambda: _serve(options, status, progress), status, progress.say, service)
+
+    # A metrics port that cannot be opened is held like the rest, though nobody can ask it.
+    return run_service(work, status, progress.say, service)
+
+
+def _is_service(options: argparse.Namespace) -> bool:
+    asked = options.service
+    service = os.environ.get("STEP128_SERVICE", "") not in ("", "0") if asked is None else bool(asked)
+    if service and not options.metrics_port:
+        raise LauncherError(
+            ExitCode.USAGE, "--service needs --metrics-port: /health there is where a failure is to be seen."
+        )
+    return service
+
+
+def _serve(options: argparse.Namespace, status: ServerStatus, progress: Progress) -> ExitCode:
+    check_plugin_allowed(os.environ)
+    planned = make_planned(options, with_fallbacks=True)
+    _check_servable(options, planned)
+    folder = state_dir(options)
+    print_plan(consoles.stderr(), planned.plan, planned.footprint, planned.hardware)
+    make_private_folder(folder)
+    with hold_lock(folder):
+        return _run(options, planned, folder, status, progress)
+
+
+def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
+    quantization = planned.footprint.quantization
+    if quantization is not None and quantization.method not in _SERVED_METHODS:
+        raise CheckpointError(
+            f"{planned.footprint.path} is quantized with {quantization.method}; step128 plans such a checkpoint but "
+            "serves NL4 and unquantized ones only: nothing would check that its weights and scales took effect.",
+            "Start vLLM with it by hand (`step128 plan --dry-run` prints the flags), or quantize the bf16 checkpoint.",
+        )
+    shortage = memory_shortage(make_budget(planned.hardware, planned.profile, planned.limits), options.memory)
+    if shortage:
+        raise LauncherError(ExitCode.DOES_NOT_FIT, shortage, "Lower it, or leave it out for the profile's share.")
+
+
+def _run(
+    options: argparse.Namespace, planned: Planned, folder: Path, status: ServerStatus, progress: Progress
+) -> ExitCode:
+    server = planned.server
+    api_key = find_api_key(options.api_key_file, os.environ, folder)
+    progress.say(f"The API key is in {api_key.source}.")
+
+    def make_job(plan: Plan) -> Job:
+        return Job(
+            plan=plan,
+            footprint=planned.footprint,
+            server=server,
+            api_key=api_key.value,
+            argv=server_argv(plan, server),
+            environment=server_environment(os.environ, plan, server, api_key.value),
+            state_dir=folder,
+            start_timeout_seconds=planned.profile.start_timeout_seconds,
+            plan_document=plan_document(plan, planned.footprint, planned.hardware, server)
+            | {"calibration": calibration_document(plan, planned.footprint.path, planned.hardware)},
+        )
+
+    patience = Patience(
+        max_step_downs=options.max_step_downs, max_restarts=options.max_restarts, hang_seconds=options.hang_seconds
+    )
+    return Supervisor(make_job, planned.plan, status, progress, patience).run()
