@@ -38,14 +38,14 @@ def _show(error: LauncherError, as_json: bool) -> None:
     from step128_launcher import consoles
     from step128_launcher.commands import render
     from step128_launcher.commands.plan_json import error_document
-    from step128_launcher.planning.plan import DoesNotFitError
+    from step128_launcher.commands.refusal import RefusedError
 
     if as_json:
         _print(json.dumps(error_document(error), indent=1))
-    elif isinstance(error, DoesNotFitError):
-        render.print_memory(consoles.stderr(), error.memory)
-        render.print_rejected(consoles.stderr(), error.rejected)
-    render.print_error(consoles.stderr(), error)
+    if isinstance(error, RefusedError) and not as_json:
+        render.print_refusal(consoles.stderr(), error)
+    else:
+        render.print_error(consoles.stderr(), error)
 
 
 def _print(text: str, end: str = "\n") -> None:
@@ -63,12 +63,12 @@ def _plan(options: argparse.Namespace) -> ExitCode:
     planned = make_planned(options)
     plan = planned.plan
     if options.json:
-        document = plan_document(plan, planned.footprint, planned.hardware, planned.server)
+        document = plan_document(plan, planned.footprint, planned.hardware, planned.server, planned.base)
         if options.candidates:
             from step128_launcher.planning.planner import all_candidates
 
             document["candidates"] = all_candidates(
-                planned.hardware, planned.footprint, planned.profile, planned.limits
+                planned.hardware, planned.footprint, planned.profile, planned.limits, planned.measurements
             )
         _print(json.dumps(document, indent=1))
         return ExitCode.OK
@@ -76,7 +76,9 @@ def _plan(options: argparse.Namespace) -> ExitCode:
     from step128_launcher.commands import render
 
     if options.explain:
-        found = render.explain_item(plan, options.explain)
+        from step128_launcher.commands.explanation import explain_item
+
+        found = explain_item(plan, options.explain)
         if not found:
             names = ", ".join(line.name for line in plan.memory.lines)
             raise LauncherError(
@@ -105,15 +107,16 @@ def _profiles(options: argparse.Namespace) -> ExitCode:
     from step128_launcher.commands.planned import read_machine, read_model
     from step128_launcher.configs_dir import find_configs_dir
     from step128_launcher.model.quantization import read_format
-    from step128_launcher.planning.profiles import load_profile, profile_files, user_profiles_dir
+    from step128_launcher.planning.profiles import load_profiles, user_profiles_dir
 
-    configs_dir, user_dir = find_configs_dir(), user_profiles_dir()
-    profiles = {name: load_profile(configs_dir, name, user_dir) for name in profile_files(configs_dir, user_dir)}
+    configs_dir = find_configs_dir()
+    profiles, broken = load_profiles(configs_dir, user_profiles_dir())
     form = read_format(configs_dir)
     footprint = None if options.model is None else read_model(options.model, options.policy, form)
-    entries = list_entries(profiles, read_machine(options), footprint, form)
+    asked = os.environ.get("STEP128_PROFILE")
+    entries = list_entries(profiles, read_machine(options), footprint, form, broken, asked)
     if options.json:
-        listed = [asdict(profiles[entry.name]) | asdict(entry) for entry in entries]
+        listed = [asdict(entry) if entry.broken else asdict(profiles[entry.name]) | asdict(entry) for entry in entries]
         _print(json.dumps({"schema": 2, "profiles": listed}, indent=1))
     else:
         _print(as_text(entries, None if options.model is None else str(options.model)))

@@ -24,7 +24,8 @@ class Server:
     """Where and under which name the model is served.
 
     `measure_memory` leaves the KV cache's size to vLLM: only then does its log tell the peak of activations and what
-    the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py).
+    the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py). `chat_template` is the
+    checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none.
     """
 
     model: Path
@@ -34,6 +35,7 @@ class Server:
     load_report_dir: Path
     shutdown_timeout_seconds: int
     measure_memory: bool = False
+    chat_template: Path | None = None
 
     @property
     def base_url(self) -> str:
@@ -71,6 +73,8 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         "--disable-fastapi-docs",
         *("--middleware", MIDDLEWARE),
     ]
+    if server.chat_template is not None:
+        flags += ["--chat-template", str(server.chat_template)]
     if plan.num_speculative_tokens:
         speculation = {"method": "mtp", "num_speculative_tokens": plan.num_speculative_tokens}
         flags += ["--speculative-config", json.dumps(speculation)]
@@ -91,8 +95,7 @@ def _kv_cache_size(plan: Plan, server: Server) -> list[str]:
     utilization = plan.gpu_memory_utilization
     share = [] if utilization is None else ["--gpu-memory-utilization", f"{utilization:.2f}"]
     if server.measure_memory:
-        # All of the budget, so that vLLM's own sizing finds room for one request.
-        return ["--gpu-memory-utilization", f"{plan.memory.budget_bytes / plan.memory.total_memory_bytes:.2f}"]
+        return ["--gpu-memory-utilization", f"{plan.measuring_utilization:.2f}"]
     return [*share, "--kv-cache-memory-bytes", str(plan.kv_cache_memory_bytes)]
 
 

@@ -86,6 +86,19 @@ SPOILED = {
     ),
     "scale of another shape": (_reshape(f"{LM_HEAD}_scale", (96, 2)), ["lm_head.weight_scale", "[96, 4]"]),
     "fewer experts in config": (_text(moe_num_experts=2), ["moe.gate.weight", "[4, 64]", "[2, 64]"]),
+    "more experts a token than there are": (_text(moe_top_k=5), ["text_config.moe_top_k", "moe_num_experts (4)", "5"]),
+    "heads that no group shares": (
+        _text(num_attention_groups=3),
+        ["text_config.num_attention_heads", "num_attention_groups (3)", "found 4"],
+    ),
+    "sliding heads that no group shares": (
+        _text(attention_other_setting={"num_attention_heads": 5}),
+        ["attention_other_setting.num_attention_heads", "num_attention_groups (2)", "found 5"],
+    ),
+    "absurd vocabulary": (_text(vocab_size=10**18), ["text_config.vocab_size", "at most 2147483648"]),
+    "absurd experts": (_text(moe_num_experts=10**6), ["text_config.moe_num_experts", "at most 65536"]),
+    "absurd vision layers": (_vision(layers=10**9), ["vision_config.layers", "at most 4096"]),
+    "absurd vision width": (_vision(mlp_ratio=1e300), ["vision_config.mlp_ratio", "1e+300"]),
     "unknown method": (
         _config(quant_method="gguf"),
         ["quant_method", "'gguf'", "nl4, fp8, compressed-tensors, awq, gptq"],

@@ -33,6 +33,9 @@ REFUSED = [
     ["serve", "m", "--host", "[]"],
     ["serve", "m", "--port", "9000", "--metrics-port", "9000"],
     ["serve", "m", "--port", "9128"],
+    ["plan", "m", "--json", "--dry-run"],
+    ["plan", "m", "--json", "--explain", "weights"],
+    ["plan", "m", "--dry-run", "--explain", "weights"],
 ]
 MEMORY = ("--profile", "cpu", "--memory", "6GiB")
 
@@ -62,7 +65,9 @@ def test_plan_that_does_not_fit(make_checkpoint: Callable[..., Path], capsys: py
     arguments = ["plan", str(make_checkpoint()), "--profile", "cpu", "--memory", "1GiB"]
     assert cli.main(arguments) == ExitCode.DOES_NOT_FIT
     output = capsys.readouterr()
-    assert output.out == "" and "does not fit" in output.err and "KV cache" in output.err and "Try:" in output.err
+    assert output.out == "" and "KV cache" in output.err
+    assert "\nRESULT   does not fit: a context of 256 tokens: needs" in output.err
+    assert "\nTRY      raise --memory\n" in output.err and "error: " not in output.err
     assert cli.main([*arguments, "--json"]) == ExitCode.DOES_NOT_FIT
     assert json.loads(capsys.readouterr().out)["result"] == "does not fit"
 
@@ -119,12 +124,44 @@ def test_more_memory_than_the_machine_has(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(make_checkpoint()), "--profile", "cpu", "--memory", "500GiB", "--state-dir", str(tmp_path / "s")]
-    assert cli.main(["plan", *arguments]) == 0
-    assert "WARNING  --memory 500.00 GiB is above the 16.00 GiB available" in capsys.readouterr().out
-    assert cli.main(["plan", *arguments, "--json"]) == 0
-    assert "500.00 GiB" in json.loads(capsys.readouterr().out)["warnings"][0]
-    assert cli.main(["serve", *arguments]) == ExitCode.DOES_NOT_FIT
-    assert "500.00 GiB" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    sentence = "--memory 500.00 GiB is above the 16.00 GiB available (host memory)."
+    for command in ("plan", "serve"):
+        assert cli.main([command, *arguments]) == ExitCode.DOES_NOT_FIT
+        error = capsys.readouterr().err
+        assert f"RESULT   does not fit: {sentence}\nTRY      lower --memory" in error and "profile cpu" in error
+    assert not (tmp_path / "s").exists()
+    assert cli.main(["plan", *arguments, "--json"]) == ExitCode.DOES_NOT_FIT
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"] == sentence and document["memory"] is None and document["profile"] == "cpu"
+
+
+def test_the_checkpoint_s_chat_template_is_named(
+    make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_checkpoint()
+    arguments = ["plan", str(model), *MEMORY, "--json"]
+
+    def argv() -> list[str]:
+        assert cli.main(arguments) == 0
+        return list(json.loads(capsys.readouterr().out)["argv"])
+
+    assert "--chat-template" not in argv()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert argv()[argv().index("--chat-template") + 1] == str(model / "chat_template.jinja")
+
+
+def test_variables_of_the_user_are_left_alone(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(make_checkpoint()), *MEMORY]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3")
+    assert cli.main([*arguments, "--json"]) == 0
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in json.loads(capsys.readouterr().out)["environment"]
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in capsys.readouterr().out
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert "VLLM_CPU_OMP_THREADS_BIND" in capsys.readouterr().out
 
 
 def test_errors_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,8 +68,8 @@ def test_vllm_knows_every_flag_of_the_profiles(
     assert all(AttentionBackendEnum[backend.name] for backend in profile.attention_backends)
     assert parsed.mm_encoder_attn_backend is None or AttentionBackendEnum[parsed.mm_encoder_attn_backend]
     assert parsed.kv_cache_memory_bytes == (None if measure else plan.kv_cache_memory_bytes)
-    share = plan.memory.budget_bytes / plan.memory.total_memory_bytes if measure else plan.gpu_memory_utilization
-    assert parsed.gpu_memory_utilization == pytest.approx(share, abs=0.01)
+    share = plan.measuring_utilization if measure else plan.gpu_memory_utilization
+    assert parsed.gpu_memory_utilization == pytest.approx(share, abs=1e-9)
 
 
 def test_vllm_knows_every_flag(plan: Plan) -> None:

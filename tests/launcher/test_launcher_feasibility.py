@@ -15,8 +15,9 @@ from step128_launcher.errors import ExitCode
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.checkpoint import ModelFootprint
 from step128_launcher.model.quantization import Format
+from step128_launcher.planning.items import Load
 from step128_launcher.planning.kv_cache import kv_shape
-from step128_launcher.planning.memory import Ledger, Load
+from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.plan import DoesNotFitError, Limits, Plan
 from step128_launcher.planning.planner import make_plan
 from step128_launcher.planning.profiles import Profile
@@ -121,7 +122,7 @@ def test_experts_alone_leave_no_room_for_images(plan_for: MakePlan) -> None:
         assert remedy in caught.value.hint
     plan = plan_for("quad-r9700", "quad-r9700", "experts", Limits())
     assert not plan.vision and plan.tensor_parallel_size == 4
-    assert "Text only: with images it does not fit." in plan.reasons
+    assert "Text only: images would cost context or MTP depth (see below)." in plan.reasons
     images = next(item for item in plan.rejected if item.wish == "images (vision tower)")
     assert images.missing_bytes and "missing (each of 4 GPUs)" in images.reason
 
@@ -145,7 +146,7 @@ def test_the_wish_names_what_is_missing_and_what_would_do(plan_for: MakePlan) ->
 @pytest.mark.parametrize(
     ("machine", "wanted", "unwanted"),
     [
-        ("strix-halo-128-default", ["raise GTT to 117 GiB: `sudo amd-ttm --set 117`"], "container"),
+        ("strix-halo-128-default", ["raise GTT to 120 GiB: `sudo amd-ttm --set 120`"], "container"),
         ("strix-halo-128-carveout96", ["carve-out to 512 MiB (now 96.00 GiB), then raise GTT to "], "container"),
         ("strix-halo-lxc", ["raise the container's memory limit (now 64.00 GiB) by "], "amd-ttm"),
     ],
@@ -178,8 +179,8 @@ def test_other_users_of_the_gpus(used: int, helps: bool, plan_for: MakePlan, rec
 def test_the_remedies_work(plan_for: MakePlan, recorded: Recorded) -> None:
     """GTT raised as told, and the container's limit: then it is planned."""
     default = recorded("strix-halo-128-default")
-    gpus = tuple(replace(gpu, gtt_total_bytes=117 * GIB) for gpu in default.gpus)
-    limits = tuple(replace(limit, limit_bytes=117 * GIB) for limit in default.ttm_limits)
+    gpus = tuple(replace(gpu, gtt_total_bytes=120 * GIB) for gpu in default.gpus)
+    limits = tuple(replace(limit, limit_bytes=120 * GIB) for limit in default.ttm_limits)
     raised = plan_for(replace(default, gpus=gpus, ttm_limits=limits), "strix-halo-128", "all-linears", Limits())
     assert raised.max_model_len >= 32768
     container = recorded("strix-halo-lxc")
@@ -203,7 +204,9 @@ def test_one_card_refuses_kindly(machine: str, plan_for: MakePlan) -> None:
 @pytest.mark.parametrize("machine", ["quad-48gb", "dgx-spark", "jetson-thor"])
 def test_other_machines_run_it(machine: str, plan_for: MakePlan) -> None:
     plan = plan_for(machine, machine, "all-linears", Limits())
-    assert plan.vision and plan.max_model_len >= 32768 and plan.kv_cache_dtype == "fp8"
+    assert (plan.max_model_len, plan.num_speculative_tokens, plan.kv_cache_dtype) == (204800, 3, "fp8")
+    # The unified machines keep context and MTP, and give up images; they say what would bring them back.
+    assert plan.vision == (machine == "quad-48gb") and bool(plan.wish) != plan.vision
     assert plan.host_memory is not None and plan.host_memory.free_bytes >= 0
     shared = any(line.name == "model and KV cache" for line in plan.host_memory.lines)
     assert shared == (machine != "quad-48gb")

@@ -8,7 +8,7 @@ import pytest
 from step128_launcher.configs_dir import CONFIGS_DIR_VARIABLE, find_configs_dir
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.hardware import parse_cpu_list, probe
-from step128_launcher.planning.profile_schema import parse_size
+from step128_launcher.planning.profile_checks import parse_size
 
 MACHINES = Path(__file__).parents[1] / "machines"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from step128_launcher import cli
+from step128_launcher.commands import planned
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.checkpoint import ModelFootprint
 from step128_launcher.planning.budget import make_budget
@@ -53,6 +54,8 @@ def measured(plan: Plan, **changes: Any) -> Measurement:
         attention_backend=plan.attention_backend,
         kv_cache_dtype=plan.kv_cache_dtype,
         enforce_eager=plan.enforce_eager,
+        dtype=plan.dtype,
+        enable_expert_parallel=plan.enable_expert_parallel,
     )
     in_settings = {name: value for name, value in changes.items() if hasattr(settings, name)}
     sizes = {"weights_bytes": 27 * GIB, "activation_bytes": 1100 * MIB, "graph_bytes": 300 * MIB}
@@ -191,18 +194,29 @@ def test_the_stored_one_is_used_for_its_model_only(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv("STEP128_PROFILES_DIR", str(tmp_path))
     monkeypatch.delenv("STEP128_PROFILE", raising=False)
-    command = ["plan", str(REAL_MODEL), "--policy", "all-linears", "--machine", str(MACHINES / "quad-r9700"), "--json"]
+    monkeypatch.setattr(planned, "probe", lambda: recorded("quad-r9700"))  # with --machine none is read
+    command = ["plan", str(REAL_MODEL), "--policy", "all-linears", "--json", "--candidates"]
 
     def evidence(warning: bool = False) -> set[str]:
         assert cli.main(command) == 0
         document = json.loads(capsys.readouterr().out)
         assert any("calibration" in text and "Delete it" in text for text in document["warnings"]) == warning
+        settings, listed = document["settings"], document["candidates"]
+        (chosen,) = (one for one in listed if all(one[name] == settings[name] for name in DIMENSIONS))
+        # The list is of the search that chose, with what it knew.
+        assert chosen["max_model_len"] == settings["max_model_len"] and chosen["reason"] is None
+        first = next(one for one in listed if all(one[name] == getattr(plan_for(), name) for name in DIMENSIONS))
+        lacking.append(first["missing_bytes"])
         return {line["evidence"] for line in document["memory"]["lines"]}
 
+    lacking: list[int | None] = []
     folder, key = tmp_path / "step128" / "calibration", machine_key(recorded("quad-r9700"))
     save(measured(plan_for(), model="another"), key, folder)
     assert "measured" not in evidence()
     path = save(measured(plan_for()), key, folder)
     assert "measured" in evidence()
+    save(measured(plan_for(), activation_bytes=8 * GIB), key, folder)
+    evidence()
+    assert lacking[:2] == [None, None] and (lacking[2] or 0) > GIB
     path.write_text("{")  # a broken file is never fatal, but it is said
     assert "measured" not in evidence(warning=True)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from step128_launcher import cli
-from step128_launcher.commands import plan_json
+from step128_launcher.commands import plan_json, planned
+from step128_launcher.commands.settings import SETTINGS
 from step128_launcher.errors import ExitCode
 from step128_launcher.model import checkpoint
 
@@ -87,8 +88,31 @@ def test_the_document_is_the_documented_one(run: Run) -> None:
     assert document["model"]["assumed"] and document["model"]["policy"] == "all-linears"
     _, out, _ = run(str(REAL_MODEL), "--json", machine="single-r9700")
     refusal = json.loads(out)
-    assert set(refusal) == {"schema", "error", "hint", "exit_code", "result", "memory", "rejected"}
-    assert refusal["result"] == "does not fit" and keys_of(refusal["memory"], wanted["memory"]) == wanted["memory"]
+    about = {"profile", "model", "machine", "memory", "host_memory", "rejected", "remedies"}
+    assert set(refusal) == {"schema", "error", "hint", "exit_code", "result", *about}
+    assert refusal["result"] == "does not fit" and refusal["profile"] == "single-r9700"
+    assert keys_of(refusal["memory"], wanted["memory"]) == wanted["memory"]
+    assert keys_of(refusal["host_memory"], wanted["memory"]) == wanted["memory"]
+    assert refusal["host_memory"]["available_bytes"] < refusal["host_memory"]["total_memory_bytes"]
+    assert keys_of(refusal["machine"], wanted["machine"]) == wanted["machine"]
+    del wanted["model"]["served_model_name"]
+    assert keys_of(refusal["model"], wanted["model"]) == wanted["model"]
+    assert len(refusal["remedies"]) > 1 and "four such cards" in refusal["remedies"][-1]
+    assert all(remedy in refusal["hint"] for remedy in refusal["remedies"])
+
+
+def test_a_refusal_says_as_much_as_a_plan(run: Run) -> None:
+    fits = run(str(REAL_MODEL))[1].splitlines()
+    code, out, refusal = run(str(REAL_MODEL), machine="single-r9700")
+    lines = refusal.splitlines()
+    assert code == ExitCode.DOES_NOT_FIT and out == ""
+    assert lines[:2] == fits[:2] and lines[0].startswith("Model    ")
+    assert lines[2].startswith("Machine  1 x AMD Radeon AI PRO R9700") and lines[2].endswith("profile single-r9700")
+    result = next(
+        i for i, line in enumerate(lines) if line.startswith("RESULT   does not fit: a context of 4096 tokens")
+    )
+    assert lines[result + 1 :] and all(line.startswith("TRY      ") for line in lines[result + 1 :])
+    assert any(line.startswith("  - tensor parallel 1, ") for line in lines[:result])
 
 
 def test_settings_have_vllm_s_names(run: Run) -> None:
@@ -102,7 +126,7 @@ def test_settings_have_vllm_s_names(run: Run) -> None:
 
 ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-name step-3.7-flash-240
     --host 127.0.0.1 --port 8000 --load-format step128 --dtype bfloat16 --max-model-len 204800 --block-size 16
-    --kv-cache-dtype fp8 --gpu-memory-utilization 0.95 --kv-cache-memory-bytes 1343913984
+    --kv-cache-dtype fp8 --gpu-memory-utilization 0.91 --kv-cache-memory-bytes 1471315968
     --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4
     --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
     --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
@@ -132,11 +156,12 @@ def test_the_exact_command_on_four_r9700(run: Run) -> None:
     assert document["argv"] == words[start:] and document["environment"] == assignments
 
 
-def test_variables_of_the_user_are_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_machine_is_not_mixed_with_this_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this shell's variables nor this machine's calibration say anything about another machine."""
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
-    environment = json.loads(run(str(REAL_MODEL), "--json")[1])["environment"]
-    assert "NCCL_P2P_DISABLE" not in environment and environment["NCCL_PROTO"] == "Simple"
-    assert "NCCL_P2P_DISABLE" not in run(str(REAL_MODEL), "--dry-run")[1]
+    monkeypatch.setattr(planned, "load_calibration", lambda *_: pytest.fail("a calibration was read"))
+    assert json.loads(run(str(REAL_MODEL), "--json")[1])["environment"]["NCCL_P2P_DISABLE"] == "1"
+    assert "NCCL_P2P_DISABLE=1" in run(str(REAL_MODEL), "--dry-run")[1]
 
 
 def test_text_only_serves_no_images(run: Run) -> None:
@@ -155,8 +180,19 @@ def test_every_line_and_setting_is_explained(machine: str, run: Run) -> None:
             assert code == 0 and f"{line['bytes']:,} bytes; {line['evidence']}: " in out, line["name"]
     for name, value in document["settings"].items():
         code, out, _ = run(*narrow, "--explain", name.replace("_", "-"), machine=machine)
-        assert code == 0 and f"{name}: {value}\n" in out
+        assert code == 0 and f"{name}: {value}\n  {SETTINGS[name]}\n" in out
     assert "MTP depth 3: the deepest within 10%" in run(str(REAL_MODEL), "--explain", "num_speculative_tokens")[1]
+
+
+def test_an_item_is_named_by_its_start_or_by_whole_words(run: Run) -> None:
+    def titles(item: str) -> list[str]:
+        out = run(str(REAL_MODEL), "--explain", item)[1]
+        return [line.partition(":")[0].partition(" (")[0] for line in out.splitlines() if line[:1] not in ("", " ")]
+
+    assert set(titles("e")) <= {"engine core process", "enable_expert_parallel", "enforce_eager"}
+    assert titles("gpu_memory_utilization") == ["gpu_memory_utilization"]
+    assert titles("max-num")[:2] == ["max_num_seqs", "max_num_batched_tokens"]
+    assert titles("scratch") == ["attention scratch"]
 
 
 @pytest.mark.parametrize("item", ["flux capacitor", "_", "__class__", "memory"])
@@ -167,7 +203,7 @@ def test_an_unknown_item_is_a_usage_error(item: str, run: Run) -> None:
 
 def test_a_setting_that_a_device_has_not_is_explained(run: Run) -> None:
     for name in ("attention_backend", "gpu_memory_utilization"):
-        code, out, _ = run(str(REAL_MODEL), "--explain", name, "--profile", "cpu", "--memory", "200GiB")
+        code, out, _ = run(str(REAL_MODEL), "--explain", name, "--profile", "cpu", "--memory", "119GiB")
         assert code == 0 and f"{name}: not set on this device" in out
 
 
@@ -204,11 +240,11 @@ CODES: list[tuple[list[str], str, int, str]] = [
     (["--acceptance", "0.9,1.1"], "quad-r9700", 2, "from 0 to 1"),
     (["--acceptance", "nan"], "quad-r9700", 2, "from 0 to 1"),
     (["--objective", "everything"], "quad-r9700", 2, "invalid choice"),
-    (["--max-num-seqs", "100000"], "quad-r9700", 2, "--max-num-batched-tokens 2048 is below"),
+    (["--max-num-seqs", "100000"], "quad-r9700", 2, "max_num_batched_tokens 2048 (of profile quad-r9700) is below"),
     (["--memory", "1B"], "quad-r9700", 3, "1 B may be used"),
-    (["--memory", "900GiB"], "quad-r9700", 0, ""),
-    (["--attention-backend", "ROCM_ATTN", "--kv-cache-dtype", "fp8"], "quad-r9700", 3, "ROCM_ATTN is not for"),
-    (["--attention-backend", "ROCM_ATTN", "--max-model-len", "200000"], "quad-r9700", 3, "ROCM_ATTN is not for"),
+    (["--memory", "900GiB"], "quad-r9700", 3, "--memory 900.00 GiB is above the 31.80 GiB available"),
+    (["--attention-backend", "ROCM_ATTN", "--kv-cache-dtype", "fp8"], "quad-r9700", 2, "ROCM_ATTN is not for"),
+    (["--attention-backend", "ROCM_ATTN", "--max-model-len", "200000"], "quad-r9700", 2, "ROCM_ATTN is for contexts"),
     (["--profile", "cpu"], "quad-r9700", 3, "102.00 GiB may be used"),
     (["--enable-expert-parallel"], "quad-r9700", 0, ""),
     (["--dtype", "float32"], "quad-48gb", 0, ""),

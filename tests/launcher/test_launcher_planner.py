@@ -67,12 +67,22 @@ def test_tight_memory_shortens_the_context_and_says_so(
 
 
 def test_mtp_gives_way_to_context(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> None:
-    lean = make_plan(make_machine(), footprint, cpu_profile, Limits(num_speculative_tokens=0, max_num_seqs=1))
-    plan = make_plan(
-        make_machine(), footprint, cpu_profile, Limits(memory_bytes=lean.memory.total_bytes, max_num_seqs=1)
-    )
+    base = Limits(vision=True, max_num_seqs=1)
+    lean = make_plan(make_machine(), footprint, cpu_profile, replace(base, num_speculative_tokens=0))
+    plan = make_plan(make_machine(), footprint, cpu_profile, replace(base, memory_bytes=lean.memory.total_bytes))
     assert (plan.max_model_len, plan.num_speculative_tokens) == (4096, 0)
     assert {"num_speculative_tokens 3", "num_speculative_tokens 1"} <= {item.wish for item in plan.rejected}
+
+
+def test_images_give_way_to_context_and_mtp(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    text = make_plan(make_machine(), footprint, cpu_profile, Limits(vision=False, max_num_seqs=1))
+    plan = make_plan(
+        make_machine(), footprint, cpu_profile, Limits(memory_bytes=text.memory.total_bytes, max_num_seqs=1)
+    )
+    assert (plan.max_model_len, plan.num_speculative_tokens, plan.vision) == (4096, 3, False)
+    assert any(warning.startswith("Text only") for warning in plan.warnings)
 
 
 def test_no_mtp_layers_no_mtp(

@@ -69,8 +69,8 @@ def test_a_card_that_does_not_tell_its_memory(profile_of: Callable[[str], Profil
 def test_what_two_budgets_leave() -> None:
     separate = Budget("each of 4 GPUs", (), 100, 100, 90, 50, 40, False)
     assert separate.left_bytes(30, 40) == 60  # the host's processes fit, or they do not
-    assert separate.left_bytes(30, 45) == -5 and separate.lacking(80, 45) == HOST_MEMORY
+    assert separate.left_bytes(30, 45) == -5 and separate.lacking(80, 45, 4) == HOST_MEMORY
     shared = replace(separate, shared=True, host_budget_bytes=85)
     assert shared.left_bytes(30, 10) == 45 and shared.left_bytes(30, 0) == 55
-    assert shared.lacking(80, 10) == HOST_MEMORY and separate.lacking(95, 0) == "each of 4 GPUs"
+    assert shared.lacking(80, 10, 1) == HOST_MEMORY and separate.lacking(95, 0, 4) == "each of 4 GPUs"
     assert replace(shared, host_budget_bytes=None).left_bytes(30, 99) == 60

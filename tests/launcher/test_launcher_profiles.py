@@ -1,6 +1,5 @@
 """Profiles: each file loads, a bad one is refused by file and key, and each recorded machine gets the right one."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import yaml
 
-from step128_launcher import cli
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.planning.profiles import (
@@ -116,9 +114,31 @@ BAD: dict[str, tuple[Change, str]] = {
     "unknown section": (_set("gpu", value={}), "unknown key gpu"),
     "missing key": (_without("vllm", "dtype"), "the key vllm.dtype is missing"),
     "missing section": (_without("limits"), "the key limits is missing"),
-    "size without unit": (_set("memory", "reserve", value=512), "memory.reserve needs a size with its unit"),
+    "figure without source": (
+        _set("memory", "reserve", value="1GiB"),
+        "memory.reserve needs a mapping of value and source",
+    ),
+    "size without unit": (
+        _set("memory", "reserve", value={"value": 512, "source": "x"}),
+        "memory.reserve needs a mapping of value (a size with its unit",
+    ),
     "decimal unit": (_set("match", "memory", value="30GB"), "match.memory needs a size with its unit"),
-    "fraction too large": (_set("memory", "usable_fraction", value=1.5), "memory.usable_fraction needs a number"),
+    "fraction too large": (
+        _set("memory", "usable_fraction", value={"value": 1.5, "source": "x"}),
+        "memory.usable_fraction needs a mapping of value (a number",
+    ),
+    "process without source": (
+        _set("processes", "worker", value={"value": "2GiB"}),
+        "processes.worker needs a mapping of value and source",
+    ),
+    "steps the wrong way round": (
+        _set("limits", "min_num_batched_tokens", value=4096),
+        "limits.min_num_batched_tokens needs a value not above limits.max_num_batched_tokens (2048)",
+    ),
+    "unknown backend": (
+        _set("vllm", "attention_backends", value=[{"name": "TRITON_ATN"}]),
+        "vllm.attention_backends needs a list, each entry with a name that is one of FLASH_ATTN",
+    ),
     "text for a number": (_set("limits", "max_num_seqs", value="many"), "limits.max_num_seqs needs a whole number"),
     "flag for a number": (_set("limits", "max_num_seqs", value=True), "limits.max_num_seqs needs a whole number"),
     "number for a flag": (_set("vllm", "enforce_eager", value=1), "vllm.enforce_eager needs true or false"),
@@ -206,33 +226,3 @@ def test_a_user_folder_adds_and_overrides(configs_dir: Path, tmp_path: Path) -> 
     assert set(files) == {*profile_files(configs_dir), "mine"} and files["quad-r9700"].parent == own
     assert load_profile(configs_dir, "quad-r9700", own).max_num_seqs == 4
     assert load_profile(configs_dir, "mine", own).max_num_seqs == 16
-
-
-def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    machine = ["--machine", str(MACHINES / "quad-r9700")]
-    assert cli.main(["profiles", *machine]) == 0
-    here, _, elsewhere = capsys.readouterr().out.partition("- Not for this machine:")
-    assert "  * quad-r9700 " in here and "    single-r9700 " in here and "cpu" not in here
-    assert "the machine has a GPU" in elsewhere and "needs 1 x gfx1151; found 4 x" in elsewhere
-    assert cli.main(["profiles", *machine, str(REAL_MODEL), "--policy", "all-linears", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    entries = {entry["name"]: entry for entry in document["profiles"]}
-    assert document["schema"] == 2 and set(CHOSEN.values()) < set(entries)
-    quad, single, strix = (entries[name] for name in ("quad-r9700", "single-r9700", "strix-halo-128"))
-    assert quad["chosen"] and quad["runs"] and "context 204800, MTP 3, KV fp8" in quad["detail"]
-    assert single["fits_machine"] and single["runs"] is False and "missing" in single["detail"]
-    assert not strix["fits_machine"] and strix["runs"] is None and quad["max_num_seqs"] == 16
-
-
-def test_which_profile_is_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The machine's own by default, STEP128_PROFILE over it, --profile over both."""
-    plan = ["plan", str(REAL_MODEL), "--policy", "all-linears", "--machine", str(MACHINES / "quad-r9700"), "--json"]
-
-    def used(*arguments: str) -> str:
-        assert cli.main([*plan, *arguments]) == 0
-        return str(json.loads(capsys.readouterr().out)["profile"])
-
-    assert used() == "quad-r9700"
-    monkeypatch.setenv("STEP128_PROFILE", "quad-r9600")
-    assert used() == "quad-r9600"
-    assert used("--profile", "quad-r9700") == "quad-r9700" == used("--profile", "auto", "--objective", "context")

@@ -25,7 +25,8 @@ MakeMachine = Callable[..., Hardware]
         (Limits(tensor_parallel_size=4), "6 sliding-attention heads"),
         (Limits(block_size=48), "multiple of 32"),
         (Limits(block_size=1 << 20), "one block would hold more than any request needs"),
-        (Limits(max_num_batched_tokens=4, max_num_seqs=8), "--max-num-seqs 8"),
+        (Limits(max_num_batched_tokens=4, max_num_seqs=8), "max_num_batched_tokens 4 is below max_num_seqs 8"),
+        (Limits(max_num_seqs=4096), r"max_num_batched_tokens 1024 \(of profile cpu\) is below max_num_seqs 4096"),
     ],
 )
 def test_limits_that_contradict_the_model(

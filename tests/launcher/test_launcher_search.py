@@ -13,7 +13,8 @@ from step128_launcher.machine.types import Hardware
 from step128_launcher.model.checkpoint import ModelFootprint
 from step128_launcher.planning.budget import Budget, make_budget
 from step128_launcher.planning.candidates import DIMENSIONS, Candidate, Space, search
-from step128_launcher.planning.choices import make_space, speed_inputs
+from step128_launcher.planning.choices import make_space
+from step128_launcher.planning.speed_inputs import speed_inputs
 from step128_launcher.planning.kv_cache import KvShape, longest_context
 from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.objective import Judge
@@ -53,7 +54,7 @@ class Box:
             self.space.kv_cache_dtypes[0],
             self.footprint,
             self.ledger,
-            speed_inputs(self.profile, self.limits),
+            speed_inputs(self.footprint, self.profile, self.limits),
         )
         found = self.search(budget)
         depths = judge.worthwhile_depths(found)

@@ -55,6 +55,8 @@ def settings_of(plan: Plan, model: Path) -> Settings:
         attention_backend=plan.attention_backend,
         kv_cache_dtype=plan.kv_cache_dtype,
         enforce_eager=plan.enforce_eager,
+        dtype=plan.dtype,
+        enable_expert_parallel=plan.enable_expert_parallel,
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from step128_launcher.errors import EXIT_CODE_HELP, ExitCode
 from step128_launcher.planning.plan import OBJECTIVES
-from step128_launcher.planning.profile_schema import DTYPES, parse_size
+from step128_launcher.planning.profile_checks import parse_size
+from step128_launcher.planning.profile_schema import DTYPES
 
 DEFAULT_PORT = 8000
 DEFAULT_METRICS_PORT = 9128
@@ -52,9 +53,10 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         help="plan as if quantized by this policy; of MODEL only config.json is read, so plan before you do",
     )
     _add_machine(plan)
-    plan.add_argument("--json", action="store_true", help="print the plan as one JSON document (schema: plan_json.py)")
-    plan.add_argument("--dry-run", action="store_true", help="print the exact vLLM argv and environment")
-    plan.add_argument("--explain", metavar="ITEM", help="explain one item of the plan (a memory line or a setting)")
+    shown = plan.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print the plan as one JSON document (schema: plan_json.py)")
+    shown.add_argument("--dry-run", action="store_true", help="print the exact vLLM argv and environment")
+    shown.add_argument("--explain", metavar="ITEM", help="explain one item of the plan (a memory line or a setting)")
     plan.add_argument("--candidates", action="store_true", help="with --json: list every candidate with its verdict")
 
     serve = add("serve", "plan, start vLLM, verify it, watch it")
@@ -76,6 +78,11 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         "--measure",
         action="store_true",
         help="let vLLM size the KV cache once, so that `step128 calibrate` can read what the rest takes (GPU)",
+    )
+    serve.add_argument(
+        "--allow-reference-kernels",
+        action="store_true",
+        help="serve NL4 on a GPU although this release has only the slow torch reference there",
     )
     serve.add_argument(
         "--service",

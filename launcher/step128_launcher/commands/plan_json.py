@@ -16,66 +16,46 @@ Schema 2, one JSON object:
   measured), reasons [text], rejected [{wish, reason, missing_bytes}], wish [text: what would make the
   wished plan fit], considered (candidates), warnings [text],
   fallbacks [settings], argv [text], environment {name: value}, unset [name].
-An error gives {schema, error, hint, exit_code}; a plan that does not fit has result and memory besides.
+An error gives {schema, error, hint, exit_code}. A plan that does not fit has besides: result, profile, model and
+machine as above, memory (the pool that lacks it; null where no search was needed), host_memory (null where it is that
+pool), rejected, remedies [text].
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from step128_launcher.command import UNSET_VARIABLES, Server, environment_changes, server_argv
+from step128_launcher.commands.refusal import RefusedError
+from step128_launcher.commands.settings import SETTINGS
 from step128_launcher.errors import LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.footprint import ModelFootprint
-from step128_launcher.planning.memory import MemoryPlan
-from step128_launcher.planning.plan import DoesNotFitError, Plan
+from step128_launcher.planning.items import MemoryPlan
+from step128_launcher.planning.plan import Plan
 
 SCHEMA = 2
 
 _GPU = ("pci_address", "name", "target", "vram_total_bytes", "gtt_total_bytes", "integrated")
-_SETTINGS = (
-    "max_model_len",
-    "num_speculative_tokens",
-    "kv_cache_dtype",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "tensor_parallel_size",
-    "enable_expert_parallel",
-    "dtype",
-    "block_size",
-    "enforce_eager",
-    "vision",
-    "attention_backend",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "mm_processor_cache_bytes",
-)
 
 
-def plan_document(plan: Plan, footprint: ModelFootprint, hardware: Hardware, server: Server) -> dict[str, Any]:
-    """Return the plan as described above; it never holds the API key."""
-    quantization = footprint.quantization
+def plan_document(
+    plan: Plan,
+    footprint: ModelFootprint,
+    hardware: Hardware,
+    server: Server,
+    base: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
+    """Return the plan as described above; it never holds the API key. `base` is the environment it is added to."""
     return {
         "schema": SCHEMA,
         "result": "fits",
         "profile": plan.profile,
         "device": plan.device,
         "objective": plan.objective,
-        "model": {
-            "path": str(footprint.path),
-            "served_model_name": server.served_model_name,
-            "quant_method": quantization.method if quantization else None,
-            "policy": quantization.policy if quantization else None,
-            "assumed": footprint.assumed,
-            "mtp_layers": footprint.mtp_layers,
-            "kv_scales": footprint.kv_scales is not None,
-            "stored_bytes": footprint.stored_bytes,
-        },
-        "machine": {
-            "cpus": len(hardware.cpu_ids),
-            "memory_total_bytes": hardware.memory_total_bytes,
-            "memory_available_bytes": hardware.memory_available_bytes,
-            "gpus": [{name: getattr(gpu, name) for name in _GPU} for gpu in hardware.gpus],
-        },
+        "model": _model(footprint) | {"served_model_name": server.served_model_name},
+        "machine": _machine(hardware),
         "settings": _settings(plan),
         "prediction": asdict(plan.prediction),
         "memory": _memory(plan.memory),
@@ -90,26 +70,54 @@ def plan_document(plan: Plan, footprint: ModelFootprint, hardware: Hardware, ser
         "warnings": list(plan.warnings),
         "fallbacks": [_settings(leaner) for leaner in plan.fallbacks],
         "argv": list(server_argv(plan, server)),
-        "environment": environment_changes(plan, server),
+        "environment": environment_changes(plan, server, base),
         "unset": list(UNSET_VARIABLES),
     }
 
 
 def error_document(error: LauncherError) -> dict[str, Any]:
-    """Return the document of an error; for a plan that does not fit, with the memory it was refused for."""
+    """Return the document of an error; for a plan that does not fit, with what it was refused for."""
     code = int(error.exit_code)
     document: dict[str, Any] = {"schema": SCHEMA, "error": error.message, "hint": error.hint, "exit_code": code}
-    if isinstance(error, DoesNotFitError):
+    if isinstance(error, RefusedError):
+        subject = error.subject
         document |= {
             "result": "does not fit",
-            "memory": _memory(error.memory),
+            "profile": subject.profile.name,
+            "model": _model(subject.footprint),
+            "machine": _machine(subject.hardware),
+            "memory": None if error.memory is None else _memory(error.memory),
+            "host_memory": None if error.host_memory is None else _memory(error.host_memory),
             "rejected": [asdict(alternative) for alternative in error.rejected],
+            "remedies": list(error.remedies),
         }
     return document
 
 
+def _model(footprint: ModelFootprint) -> dict[str, Any]:
+    quantization = footprint.quantization
+    return {
+        "path": str(footprint.path),
+        "quant_method": quantization.method if quantization else None,
+        "policy": quantization.policy if quantization else None,
+        "assumed": footprint.assumed,
+        "mtp_layers": footprint.mtp_layers,
+        "kv_scales": footprint.kv_scales is not None,
+        "stored_bytes": footprint.stored_bytes,
+    }
+
+
+def _machine(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "cpus": len(hardware.cpu_ids),
+        "memory_total_bytes": hardware.memory_total_bytes,
+        "memory_available_bytes": hardware.memory_available_bytes,
+        "gpus": [{name: getattr(gpu, name) for name in _GPU} for gpu in hardware.gpus],
+    }
+
+
 def _settings(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in _SETTINGS}
+    return {name: getattr(plan, name) for name in SETTINGS}
 
 
 def _memory(memory: MemoryPlan) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from step128_launcher.command import Server
+from step128_launcher.commands.refusal import RefusedError, Subject, refused
 from step128_launcher.configs_dir import find_configs_dir
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.hardware import probe
@@ -13,21 +15,26 @@ from step128_launcher.machine.types import Hardware
 from step128_launcher.model.checkpoint import assume_footprint, read_footprint
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.model.quantization import Format, read_format
-from step128_launcher.planning.calibration import (
-    Calibration,
-    calibration_folder,
-    machine_key,
-    model_fingerprint,
-    read_calibration,
-)
-from step128_launcher.planning.plan import Limits, Plan
+from step128_launcher.planning.budget import make_budget, memory_shortage
+from step128_launcher.planning.calibration import Calibration, Measurement, load_calibration, model_fingerprint
+from step128_launcher.planning.plan import DoesNotFitError, Limits, Plan
 from step128_launcher.planning.planner import make_plan
-from step128_launcher.planning.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
+from step128_launcher.planning.profiles import (
+    AUTO,
+    Profile,
+    choose_profile,
+    load_profile,
+    load_profiles,
+    user_profiles_dir,
+)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with all it was made from."""
+    """A plan with all it was made from.
+
+    `base` is the environment that the server's is added to: of a recorded machine nothing is known of it.
+    """
 
     plan: Plan
     footprint: ModelFootprint
@@ -35,33 +42,44 @@ class Planned:
     profile: Profile
     server: Server
     limits: Limits
+    measurements: tuple[Measurement, ...] = ()
+    base: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> Planned:
     """Read what the options name, and plan.
 
     Raises:
-        LauncherError: whatever of it cannot be read, is broken, or does not fit.
+        RefusedError: 3, if it does not fit, or --memory is more than there is.
+        LauncherError: whatever of it cannot be read or is broken.
 
     """
     configs_dir = find_configs_dir()
     hardware = read_machine(options)
     form = read_format(configs_dir)
-    profile = find_profile(options.profile, configs_dir, hardware)
+    profile, skipped = find_profile(options.profile, configs_dir, hardware)
     footprint = read_model(options.model, getattr(options, "policy", None), form)
     limits = limits_of(options)
-    calibration = read_measurements(hardware, footprint)
-    plan = make_plan(
-        hardware,
-        footprint,
-        profile,
-        limits,
-        measurements=calibration.measurements,
-        form=form,
-        with_fallbacks=with_fallbacks,
-    )
-    if calibration.warning:
-        plan = replace(plan, warnings=(*plan.warnings, calibration.warning))
+    subject = Subject(profile, footprint, hardware)
+    _check_memory(subject, limits)
+    recorded = getattr(options, "machine", None) is not None
+    # What this machine measured says nothing about a recorded one.
+    calibration = Calibration(()) if recorded else read_measurements(hardware, footprint)
+    try:
+        plan = make_plan(
+            hardware,
+            footprint,
+            profile,
+            limits,
+            measurements=calibration.measurements,
+            form=form,
+            with_fallbacks=with_fallbacks,
+        )
+    except DoesNotFitError as error:
+        raise refused(error, subject) from error
+    warnings = [*skipped, calibration.warning] if calibration.warning else skipped
+    plan = replace(plan, warnings=(*plan.warnings, *warnings))
+    template = footprint.path / "chat_template.jinja"
     server = Server(
         model=footprint.path,
         served_model_name=options.served_model_name or footprint.path.resolve().name,
@@ -70,8 +88,18 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
         load_report_dir=state_dir(options) / "load-reports",
         shutdown_timeout_seconds=profile.shutdown_timeout_seconds,
         measure_memory=_measures(options, profile),
+        chat_template=template if template.is_file() else None,
     )
-    return Planned(plan, footprint, hardware, profile, server, limits)
+    base = {} if recorded else os.environ
+    return Planned(plan, footprint, hardware, profile, server, limits, calibration.measurements, base)
+
+
+def _check_memory(subject: Subject, limits: Limits) -> None:
+    """Refuse a budget (--memory) that the machine cannot give: a plan for it could not be started."""
+    shortage = memory_shortage(make_budget(subject.hardware, subject.profile, limits), limits.memory_bytes)
+    if shortage:
+        remedy = "lower --memory, or leave it out for the profile's share"
+        raise RefusedError(subject, shortage, f"Try: {remedy}.", (remedy,))
 
 
 def _measures(options: argparse.Namespace, profile: Profile) -> bool:
@@ -124,26 +152,32 @@ def read_model(model: Path, policy: str | None, form: Format) -> ModelFootprint:
     return read_footprint(folder, form)
 
 
-def find_profile(asked: str | None, configs_dir: Path, hardware: Hardware) -> Profile:
-    """Return the profile asked for (--profile, else STEP128_PROFILE), or the one for this machine.
+def find_profile(asked: str | None, configs_dir: Path, hardware: Hardware) -> tuple[Profile, list[str]]:
+    """Return the profile asked for (--profile, else STEP128_PROFILE), or the one for this machine, and warnings.
 
     Raises:
-        LauncherError: 78, if there is no such profile or one is broken; 4, if none is for this machine.
+        LauncherError: 78, if there is no such profile, it or a shipped one is broken; 4, if none is for this machine.
 
     """
     user_dir = user_profiles_dir()
-    name = asked or os.environ.get("STEP128_PROFILE") or "auto"
-    if name != "auto":
-        return load_profile(configs_dir, name, user_dir)
+    name = asked or os.environ.get("STEP128_PROFILE") or AUTO
+    if name != AUTO:
+        return load_profile(configs_dir, name, user_dir), []
     if not hardware.has_gpu and not hardware.usable_gpus:
-        return load_profile(configs_dir, "cpu", user_dir)  # nothing to choose: the other files need not be read
-    profiles = {name: load_profile(configs_dir, name, user_dir) for name in profile_files(configs_dir, user_dir)}
-    return profiles[choose_profile(profiles, hardware)]
+        # Nothing to choose between: the other files need not be read.
+        profiles, broken = load_profiles(configs_dir, user_dir, only="cpu")
+        return profiles["cpu"], [_skipped(reason) for reason in broken.values()]
+    profiles, broken = load_profiles(configs_dir, user_dir)
+    return profiles[choose_profile(profiles, hardware)], [_skipped(reason) for reason in broken.values()]
+
+
+def _skipped(reason: str) -> str:
+    return f"Not considered, because it is broken: {reason}"
 
 
 def read_measurements(hardware: Hardware, footprint: ModelFootprint) -> Calibration:
     """Return what earlier starts of this model on this machine measured, and what is wrong with their file."""
-    found = read_calibration(calibration_folder() / f"{machine_key(hardware)}.json")
+    found = load_calibration(hardware)
     if not found.measurements:
         return found
     model = model_fingerprint(footprint.path)

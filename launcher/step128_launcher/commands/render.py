@@ -8,12 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from step128_launcher.command import API_KEY_VARIABLE, UNSET_VARIABLES
+from step128_launcher.commands.refusal import RefusedError
 from step128_launcher.errors import LauncherError
-from step128_launcher.machine.types import Hardware
+from step128_launcher.machine.types import Gpu, Hardware
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.planning.explain import RANKS_BELOW
-from step128_launcher.planning.memory import MemoryLine, MemoryPlan
+from step128_launcher.planning.items import MemoryPlan
 from step128_launcher.planning.plan import Alternative, Plan
+from step128_launcher.planning.profiles import matching_gpus
 from step128_launcher.sizes import format_bytes
 
 _BAR_CELLS = 60
@@ -29,7 +31,8 @@ _SHOWN_REJECTED = 12
 
 def print_plan(console: Console, plan: Plan, footprint: ModelFootprint, hardware: Hardware) -> None:
     """Print the whole plan."""
-    _print_subject(console, plan, footprint, hardware)
+    gpus = [gpu for gpu in hardware.gpus if gpu.pci_address in plan.gpu_addresses]
+    _print_subject(console, plan.profile, gpus, footprint, hardware)
     print_memory(console, plan.memory)
     if plan.host_memory is not None:
         print_memory(console, plan.host_memory)
@@ -100,6 +103,19 @@ def bar(memory: MemoryPlan) -> str:
     return f"[{cells.ljust(_BAR_CELLS)}] {'  '.join(legend)}  · free"
 
 
+def print_refusal(console: Console, error: RefusedError) -> None:
+    """Print why nothing fits, as a plan that fits is printed: its subject, the memory, what was tried, the result."""
+    subject = error.subject
+    gpus = matching_gpus(subject.profile, subject.hardware)
+    _print_subject(console, subject.profile.name, gpus, subject.footprint, subject.hardware)
+    for memory in filter(None, (error.memory, error.host_memory)):
+        print_memory(console, memory)
+    print_rejected(console, error.rejected)
+    _say(console, f"RESULT   does not fit: {error.reason}")
+    for remedy in error.remedies:
+        _say(console, f"TRY      {remedy}")
+
+
 def print_error(console: Console, error: LauncherError) -> None:
     """Print what was found and what to do next."""
     console.print("error: ", style="bold red", end="")
@@ -124,48 +140,9 @@ def print_explanation(console: Console, found: Sequence[tuple[str, Sequence[str]
             _say(console, f"  {sentence}")
 
 
-def explain_item(plan: Plan, item: str) -> list[tuple[str, list[str]]]:
-    """Return title and sentences of every memory line, setting, reason or alternative that `item` names."""
-    wanted = item.lower().replace("-", "_").strip("_ ")
-    found: list[tuple[str, list[str]]] = []
-    if not wanted:
-        return found
-    for memory in filter(None, (plan.memory, plan.host_memory)):
-        for line in memory.lines:
-            if wanted in line.name.lower().replace("-", "_"):
-                found.append((f"{line.name} ({memory.where}): {format_bytes(line.total_bytes)}", _about(line)))
-    value = getattr(plan, wanted, ())
-    if value is None or isinstance(value, str | int | float | bool):
-        found.append((f"{wanted}: {'not set on this device' if value is None else value}", []))
-    words = [wanted, _KEYWORDS.get(wanted, wanted).lower()]
-    notes = [reason for reason in plan.reasons if any(word in reason.lower() for word in words)]
-    notes += [
-        f"{alternative.wish}: {alternative.reason}."
-        for alternative in plan.rejected
-        if any(word in alternative.wish.lower() for word in words)
-    ]
-    if notes:
-        found.append(("Decisions", notes))
-    return found
-
-
-# A setting's name -> the word that the plan's sentences use for it.
-_KEYWORDS = {
-    "max_model_len": "context",
-    "num_speculative_tokens": "MTP depth",
-    "kv_cache_dtype": "KV cache in",
-    "tensor_parallel_size": "tensor parallel",
-    "vision": "text only",
-    "attention_backend": "attention backend",
-}
-
-
-def _about(line: MemoryLine) -> list[str]:
-    sentences = [f"{line.total_bytes:,} bytes; {line.evidence}: {line.explanation}."]
-    return [*sentences, f"Source: {line.source}."] if line.source else sentences
-
-
-def _print_subject(console: Console, plan: Plan, footprint: ModelFootprint, hardware: Hardware) -> None:
+def _print_subject(
+    console: Console, profile: str, gpus: Sequence[Gpu], footprint: ModelFootprint, hardware: Hardware
+) -> None:
     quantization = footprint.quantization
     weights = f"{quantization.method} ({quantization.policy})" if quantization else footprint.config.dtype
     stored = "assumed from config.json" if footprint.assumed else f"in {footprint.tensors} tensors"
@@ -176,12 +153,11 @@ def _print_subject(console: Console, plan: Plan, footprint: ModelFootprint, hard
         f"{footprint.config.num_hidden_layers} layers + {footprint.mtp_layers} MTP, "
         f"KV scales: {_scaled(footprint)}",
     )
-    gpus = [gpu for gpu in hardware.gpus if gpu.pci_address in plan.gpu_addresses]
     names = f"{len(gpus)} x {gpus[0].name} ({gpus[0].target}), " if gpus else ""
     _say(
         console,
         f"Machine  {names}{len(hardware.cpu_ids)} CPUs, {format_bytes(hardware.memory_available_bytes)} of "
-        f"{format_bytes(hardware.memory_total_bytes)} host memory available; profile {plan.profile}",
+        f"{format_bytes(hardware.memory_total_bytes)} host memory available; profile {profile}",
     )
 
 

@@ -14,7 +14,6 @@ from step128_launcher.commands.planned import Planned, make_planned, state_dir
 from step128_launcher.commands.render import print_command, print_plan
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
 from step128_launcher.files import make_private_folder
-from step128_launcher.planning.budget import make_budget, memory_shortage
 from step128_launcher.planning.plan import Plan
 from step128_launcher.supervisor.exporter import Exporter
 from step128_launcher.supervisor.job import Job, Patience
@@ -30,7 +29,7 @@ _SERVED_METHODS = ("nl4",)
 def print_dry_run(options: argparse.Namespace, planned: Planned) -> None:
     """Print the environment and argv that `serve` would start vLLM with."""
     api_key = find_api_key(getattr(options, "api_key_file", None), os.environ, state_dir(options), generate=False)
-    changes = environment_changes(planned.plan, planned.server)
+    changes = environment_changes(planned.plan, planned.server, planned.base)
     print_command(consoles.stdout(), server_argv(planned.plan, planned.server), changes, api_key.shell_word)
 
 
@@ -91,9 +90,13 @@ def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
             "serves NL4 and unquantized ones only: nothing would check that its weights and scales took effect.",
             "Start vLLM with it by hand (`step128 plan --dry-run` prints the flags), or quantize the bf16 checkpoint.",
         )
-    shortage = memory_shortage(make_budget(planned.hardware, planned.profile, planned.limits), options.memory)
-    if shortage:
-        raise LauncherError(ExitCode.DOES_NOT_FIT, shortage, "Lower it, or leave it out for the profile's share.")
+    if planned.plan.device != "cpu" and quantization is not None and not options.allow_reference_kernels:
+        raise LauncherError(
+            ExitCode.UNSUPPORTED_HARDWARE,
+            "This release has no GPU kernels for NL4: the torch reference would unpack whole weights, slowly and in "
+            "memory that the plan does not count.",
+            "To try it on a small checkpoint all the same: --allow-reference-kernels.",
+        )
 
 
 def _run(

@@ -1,9 +1,22 @@
 """`step128 doctor`: one check for each thing known to make a start fail, hang or crawl, with evidence and remedy."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from step128_launcher.doctor import attention, checkpoint, containers, memory, power, rccl, versions, visibility
+from step128_launcher.doctor import (
+    attention,
+    caches,
+    checkpoint,
+    containers,
+    fit,
+    memory,
+    power,
+    rccl,
+    server_log,
+    versions,
+    visibility,
+)
 from step128_launcher.doctor.all_reduce import check_all_reduce
 from step128_launcher.doctor.context import Context
 from step128_launcher.doctor.finding import FAIL, PASS, SKIP, WARN, Finding, failed, passed
@@ -46,26 +59,32 @@ CHECKS: tuple[Callable[[Context], Finding], ...] = (
     attention.check_vision_backend,
     attention.check_aiter,
     attention.check_override,
-    attention.check_utilization,
+    server_log.check_logged_attention,
+    server_log.check_logged_vision,
+    server_log.check_logged_experts,
+    fit.check_utilization,
     memory.check_carve_out,
     memory.check_gtt,
     memory.check_ttm,
     memory.check_container_limit,
     memory.check_swap,
+    fit.check_host_memory,
     versions.check_kernel,
     versions.check_firmware,
     versions.check_image_target,
     versions.check_virtual_machine,
     power.check_power_caps,
     power.check_equal_memory,
+    power.check_clocks,
     power.check_temperatures,
-    containers.check_caches,
+    caches.check_caches,
+    caches.check_stale_caches,
     checkpoint.check_checkpoint,
     checkpoint.check_chat_template,
     checkpoint.check_kv_scales,
     checkpoint.check_mtp,
     checkpoint.check_tuned_config,
-    memory.check_model_fits,
+    fit.check_model_fits,
 )
 
 
@@ -79,20 +98,24 @@ def run_doctor(
     all_reduce: bool,
     all_reduce_on_cpu: bool = False,
     root: Path = Path("/"),
+    log: Path | None = None,
 ) -> list[Finding]:
     """Run every check on the machine `hardware` was read from, below `root`.
 
     `environment` is what a server started here would inherit. Without a name the profile is the one `plan` would
-    choose. Nothing is raised for a bad profile or checkpoint: each is a finding.
+    choose. `log` is what a server wrote at its start; by default the newest in the state folders of this machine, and
+    none for a recorded one. Nothing is raised for a bad profile or checkpoint: each is a finding.
     """
     profile, profile_finding = _read_profile(hardware, profile_name, environment, configs_dir)
-    context = Context(hardware, environment, profile, root, configs_dir, model)
+    if log is None and root == Path("/"):
+        log = server_log.find_log(environment)
+    context = Context(hardware, environment, profile, root, configs_dir, model, log=log)
     findings = [profile_finding]
     checks = CHECKS
     if model is not None:
         try:
-            footprint = read_footprint(model, read_format(configs_dir))
-            context = Context(hardware, environment, profile, root, configs_dir, model, footprint)
+            form = read_format(configs_dir)
+            context = fit.with_plan(replace(context, footprint=read_footprint(model, form)), form)
         except LauncherError as error:
             findings.append(failed("checkpoint", error.message, error.hint or "Fetch or make the checkpoint again."))
             checks = tuple(check for check in CHECKS if check is not checkpoint.check_checkpoint)
@@ -106,7 +129,7 @@ def _read_profile(
 ) -> tuple[Profile | None, Finding]:
     user_dir = user_profiles_dir(environment)
     try:
-        if name is None:
+        if not name or name == "auto":
             names = profile_files(configs_dir, user_dir)
             name = choose_profile({one: load_profile(configs_dir, one, user_dir) for one in names}, hardware)
         profile = load_profile(configs_dir, name, user_dir)

@@ -3,14 +3,14 @@
 from step128_launcher.doctor.context import Context, is_on
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
 
-_CONSUMER = ("gfx10", "gfx11", "gfx12")
+CONSUMER = ("gfx10", "gfx11", "gfx12")
 _NO_GPU = "no usable gfx10, gfx11 or gfx12 GPU"
 
 
 def check_backend(context: Context) -> Finding:
     """vLLM's first choice, ROCM_ATTN, decodes about 7 times slower on these GPUs (ROCm/vllm#994)."""
     name = "attention-backend"
-    if not context.targets(*_CONSUMER):
+    if not context.targets(*CONSUMER):
         return skipped(name, _NO_GPU)
     if "VLLM_ATTENTION_BACKEND" in context.environment:
         return warned(
@@ -33,7 +33,7 @@ def check_backend(context: Context) -> Finding:
 def check_vision_backend(context: Context) -> Finding:
     """The image encoder on torch's own attention gave NaN, answers of endless "!", to others on R9700."""
     name = "vision-attention"
-    if not context.targets(*_CONSUMER):
+    if not context.targets(*CONSUMER):
         return skipped(name, _NO_GPU)
     if context.profile is None:
         return skipped(name, "no profile is chosen; the profile names the backend")
@@ -52,7 +52,7 @@ def check_vision_backend(context: Context) -> Finding:
 def check_aiter(context: Context) -> Finding:
     """AITER has no kernels for these GPUs, and its MoE lacks this model's activation (SwiGLU with a limit)."""
     name = "aiter"
-    targets = context.targets(*_CONSUMER)
+    targets = context.targets(*CONSUMER)
     if not targets:
         return skipped(name, _NO_GPU)
     value, origin = context.setting("VLLM_ROCM_USE_AITER")
@@ -78,19 +78,4 @@ def check_override(context: Context) -> Finding:
         name,
         f"HSA_OVERRIDE_GFX_VERSION={value} (set by {origin}) on {targets}: kernels for another GPU would run or fail",
         "unset HSA_OVERRIDE_GFX_VERSION, and use an image built for this target",
-    )
-
-
-def check_utilization(context: Context) -> Finding:
-    """Above 0.95 of the memory, servers started and then ran out of it under concurrent requests."""
-    name = "memory-share"
-    if context.profile is None:
-        return skipped(name, "no profile is chosen; the profile sets the share")
-    share = context.profile.usable_fraction
-    if share <= 0.95:
-        return passed(name, f"profile {context.profile.name} uses {share:.0%} of the memory")
-    return warned(
-        name,
-        f"profile {context.profile.name} uses {share:.0%} of the memory",
-        "Set memory.usable_fraction to 0.95 or less; verify with requests of full length, several at once.",
     )

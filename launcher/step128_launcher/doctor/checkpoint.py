@@ -48,11 +48,12 @@ def check_mtp(context: Context) -> Finding:
     if context.footprint is None:
         return skipped(name, _NO_MODEL)
     found, announced = context.footprint.mtp_layers, context.footprint.config.num_mtp_layers
-    if found:
-        return passed(name, f"{found} MTP layers")
+    if found and found >= announced:
+        return passed(name, f"{found} MTP layers, as config.json announces")
+    lost = f"at most {found} draft tokens a step" if found else "no speculative decoding"
     return warned(
         name,
-        f"config.json announces {announced} MTP layers, the shards hold none: no speculative decoding",
+        f"config.json announces {announced} MTP layers, the shards hold {found or 'none'}: {lost}",
         "Use a checkpoint with the MTP layers (3 behind the trunk), or accept the lower speed.",
     )
 
@@ -97,7 +98,7 @@ def check_tuned_config(context: Context) -> Finding:
     if broken:
         return warned(name, f"{broken[0]} was made where the GPU's name could not be read", "Delete it and tune again.")
     config = context.footprint.config
-    ranks = len(context.cards) or 1
+    ranks = len(context.discrete) or 1
     shape = f"E={config.num_experts},N={config.moe_intermediate_size // ranks},"
     devices = _DEVICE_NAMES.get(gpus[0].pci_id, (gpus[0].name.replace(" ", "_"),))
     matching = [file for file in files if any(file.startswith(f"{shape}device_name={device}") for device in devices)]

@@ -1,17 +1,15 @@
 """Machines whose GPU shares the host's memory: what the firmware, the driver and the container leave the GPU."""
 
-from step128_launcher.doctor.context import Context
-from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
+from step128_launcher.doctor.context import Context, why_no_apu
+from step128_launcher.doctor.finding import Finding, passed, skipped, warned
 from step128_launcher.machine.types import Gpu
-from step128_launcher.planning.pools import device_memory
+from step128_launcher.planning.pools import gtt_goal_bytes
 from step128_launcher.sizes import format_bytes
 
 _GIB = 2**30
-_NOT_UNIFIED = "the GPU that would serve has memory of its own, or there is none"
 _LARGE_CARVE_OUT = 4 * _GIB
-# Of the memory Linux has, this much for the GPU leaves room for the system and the server's processes.
-_HOST_SHARE_BYTES = 8 * _GIB
-_MOST_GTT_GIB = 120
+# A GTT of this share of the goal is as good as the goal: somebody has set it.
+_NEAR_GOAL = 0.95
 
 
 def check_carve_out(context: Context) -> Finding:
@@ -19,7 +17,7 @@ def check_carve_out(context: Context) -> Finding:
     name = "carve-out"
     gpu = _unified(context)
     if gpu is None:
-        return skipped(name, _NOT_UNIFIED)
+        return skipped(name, why_no_apu(context))
     if gpu.vram_total_bytes is None:
         return skipped(name, "the driver does not tell the carve-out's size")
     size = format_bytes(gpu.vram_total_bytes)
@@ -29,8 +27,7 @@ def check_carve_out(context: Context) -> Finding:
         name,
         f"the firmware keeps {size} for the GPU; Linux is left {format_bytes(context.hardware.memory_total_bytes)}, "
         "and weights pass through that on their way",
-        "In the firmware setup set the UMA frame buffer to 512 MiB, then raise GTT: "
-        + _ttm_commands(context, context.hardware.memory_total_bytes + gpu.vram_total_bytes),
+        "In the firmware setup set the UMA frame buffer to 512 MiB, then raise GTT: " + _ttm_commands(context, gpu),
     )
 
 
@@ -39,7 +36,7 @@ def check_gtt(context: Context) -> Finding:
     name = "gtt"
     gpu = _unified(context)
     if gpu is None:
-        return skipped(name, _NOT_UNIFIED)
+        return skipped(name, why_no_apu(context))
     if gpu.gtt_total_bytes is None:
         return skipped(name, "the driver does not tell GTT's size")
     total = context.hardware.memory_total_bytes
@@ -47,10 +44,11 @@ def check_gtt(context: Context) -> Finding:
     if (gpu.vram_total_bytes or 0) >= gpu.gtt_total_bytes:
         return skipped(name, f"{shown}; not used, the carve-out is larger")
     if gpu.gtt_total_bytes > total:
-        return warned(name, f"{shown}: more than there is, so the host runs out first", _ttm_commands(context, total))
-    if gpu.gtt_total_bytes < total * 3 // 4:
-        remedy = _ttm_commands(context, total)
-        return warned(name, f"{shown}: near the driver's default of a half, too little for the 170B model", remedy)
+        return warned(name, f"{shown}: more than there is, so the host runs out first", _ttm_commands(context, gpu))
+    goal = gtt_goal_bytes(context.hardware, gpu)
+    if gpu.gtt_total_bytes < _NEAR_GOAL * goal:
+        evidence = f"{shown}; {format_bytes(goal)} can be given to the GPU (the driver's default is a half)"
+        return warned(name, evidence, _ttm_commands(context, gpu))
     return passed(name, shown)
 
 
@@ -59,7 +57,7 @@ def check_ttm(context: Context) -> Finding:
     name = "ttm-limit"
     gpu = _unified(context)
     if gpu is None:
-        return skipped(name, _NOT_UNIFIED)
+        return skipped(name, why_no_apu(context))
     limits = context.hardware.ttm_limits
     if not limits or gpu.gtt_total_bytes is None:
         return skipped(name, "no TTM module tells its pages_limit")
@@ -73,15 +71,13 @@ def check_ttm(context: Context) -> Finding:
             "Remove amdgpu.gttsize: pages_limit alone sets both, and HIP misreports free memory with gttsize.",
         )
     if len({limit.limit_bytes for limit in limits}) > 1:
-        remedy = "Set both modules, or only the loaded one (`lsmod | grep ttm`): " + _ttm_commands(
-            context, context.hardware.memory_total_bytes
-        )
+        remedy = "Set both modules, or only the loaded one (`lsmod | grep ttm`): " + _ttm_commands(context, gpu)
         return warned(name, f"two TTM modules with different limits: {shown}; one of them is not in use", remedy)
     if limits[0].limit_bytes < gpu.gtt_total_bytes:
         return warned(
             name,
             f"{shown} is less than GTT's {format_bytes(gpu.gtt_total_bytes)}: allocations fail at the limit",
-            _ttm_commands(context, context.hardware.memory_total_bytes),
+            _ttm_commands(context, gpu),
         )
     return passed(name, shown)
 
@@ -107,7 +103,7 @@ def check_swap(context: Context) -> Finding:
     """Swapping while the GPU holds most of a unified memory slows every token, or ends in the OOM killer."""
     name = "swap"
     if not context.is_unified:
-        return skipped(name, _NOT_UNIFIED)
+        return skipped(name, why_not_shared(context))
     used = context.hardware.swap_total_bytes - context.hardware.swap_free_bytes
     if used <= _GIB:
         return passed(name, f"{format_bytes(max(0, used))} in use")
@@ -115,34 +111,23 @@ def check_swap(context: Context) -> Finding:
     return warned(name, f"{format_bytes(used)} are swapped out already", remedy)
 
 
-def check_model_fits(context: Context) -> Finding:
-    """Whether the stored weights are smaller than the memory of all usable GPUs: needed, and not enough."""
-    name = "weights-fit"
-    gpus = context.hardware.usable_gpus
-    if context.footprint is None:
-        return skipped(name, "no checkpoint was given")
-    if not gpus:
-        return skipped(name, "no usable GPU; `step128 plan` counts for the CPU")
-    pool = gpus[:1] if context.is_unified else tuple(gpu for gpu in gpus if not gpu.integrated)
-    room = sum(device_memory(context.hardware, gpu).total_bytes for gpu in pool)
-    need = context.footprint.stored_bytes
-    shown = f"weights {format_bytes(need)}, memory of {len(pool)} GPU(s) {format_bytes(room)}"
-    if need < room:
-        return passed(name, f"{shown}; whether it serves is `step128 plan`'s answer")
-    return failed(name, shown, "`step128 plan` says what would make it fit.")
-
-
 def _unified(context: Context) -> Gpu | None:
     """Return the integrated AMD GPU that would serve."""
     return next((gpu for gpu in context.amd if gpu.integrated), None) if context.is_unified else None
 
 
-def _ttm_commands(context: Context, total_bytes: int) -> str:
+def why_not_shared(context: Context) -> str:
+    """Return why a check of memory that host and GPU share does not apply."""
+    usable = context.hardware.usable_gpus
+    return "the GPU that would serve has memory of its own" if usable else "no usable GPU"
+
+
+def _ttm_commands(context: Context, gpu: Gpu) -> str:
     """Return how to raise the limit: amd-debug-tools' command, or the same by hand."""
-    goal = min(_MOST_GTT_GIB, max(1, (total_bytes - _HOST_SHARE_BYTES // 2) // _GIB))
+    goal = gtt_goal_bytes(context.hardware, gpu)
     modules = [limit.module for limit in context.hardware.ttm_limits] or ["ttm"]
-    lines = "; ".join(f"options {module} pages_limit={goal * _GIB // 4096}" for module in modules)
+    lines = "; ".join(f"options {module} pages_limit={goal // 4096}" for module in modules)
     return (
-        f"`sudo amd-ttm --set {goal}` (package amd-debug-tools) and reboot; or by hand: write '{lines}' to "
+        f"`sudo amd-ttm --set {goal // _GIB}` (package amd-debug-tools) and reboot; or by hand: write '{lines}' to "
         "/etc/modprobe.d/ttm.conf, rebuild the initramfs (`sudo update-initramfs -u`, or `sudo dracut -f`), reboot."
     )

@@ -1,16 +1,14 @@
 """Collectives between cards: the protocol that hangs, the transfers that reset hosts, the links they run on."""
 
-from step128_launcher.doctor.context import Context, addresses, is_on
+from step128_launcher.doctor.context import Context, addresses, is_on, why_no_cards
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
-
-_ONE_CARD = "fewer than two cards with memory of their own are usable, so there are no collectives"
 
 
 def check_protocol(context: Context) -> Finding:
     """RCCL chooses its LL protocol by itself on gfx12 and can deadlock (vllm#40980, rocm-systems#5480)."""
     name = "rccl-protocol"
     if len(context.cards) < 2:
-        return skipped(name, _ONE_CARD)
+        return skipped(name, why_no_cards(context))
     targets = context.targets("gfx12")
     if not targets:
         return skipped(name, "no gfx12 card; the deadlock was reported for those only")
@@ -31,7 +29,7 @@ def check_peer_to_peer(context: Context) -> Finding:
     """Direct transfers between PCIe cards can reset the whole host (rocm-systems#11348), so they are off by default."""
     name = "peer-to-peer"
     if len(context.cards) < 2:
-        return skipped(name, _ONE_CARD)
+        return skipped(name, why_no_cards(context))
     value, origin = context.setting("NCCL_P2P_DISABLE")
     if is_on(value):
         return passed(name, f"NCCL_P2P_DISABLE={value}, set by {origin}: the cards exchange data through host memory")
@@ -52,7 +50,7 @@ def check_resizable_bar(context: Context) -> Finding:
     """A card whose memory the host reaches only in part (no resizable BAR) cannot exchange data directly."""
     name = "resizable-bar"
     if not context.cards:
-        return skipped(name, "no usable card with memory of its own")
+        return skipped(name, why_no_cards(context))
     known = [gpu for gpu in context.cards if gpu.visible_vram_bytes is not None and gpu.vram_total_bytes is not None]
     if len(known) < len(context.cards):
         return skipped(name, "the driver does not tell how much of each card's memory the host can reach")
@@ -70,9 +68,9 @@ def check_resizable_bar(context: Context) -> Finding:
 def check_links(context: Context) -> Finding:
     """Every token crosses the PCIe links twice a layer: a card on few lanes slows all of them."""
     name = "pcie-links"
-    cards = context.cards
+    cards = context.discrete  # nvidia-smi tells the links too
     if not cards:
-        return skipped(name, "no usable card with memory of its own")
+        return skipped(name, why_no_cards(context))
     links = {gpu.pci_address: gpu.link for gpu in cards if gpu.link is not None}
     if len(links) < len(cards):
         return skipped(name, "the PCIe link of some card cannot be read")
@@ -92,7 +90,7 @@ def check_numa(context: Context) -> Finding:
     """Cards on different NUMA nodes exchange data through the link between the CPUs."""
     name = "numa"
     if len(context.cards) < 2:
-        return skipped(name, _ONE_CARD)
+        return skipped(name, why_no_cards(context))
     nodes = {gpu.pci_address: gpu.numa_node for gpu in context.cards}
     if None in nodes.values():
         return skipped(name, "the machine does not tell the cards' NUMA nodes")
@@ -112,7 +110,7 @@ def check_iommu(context: Context) -> Finding:
             return passed(name, "amd_iommu=off")
         return passed(name, "on, which is safe; others measured 5-12 % more speed on Strix Halo with amd_iommu=off")
     if len(context.cards) < 2:
-        return skipped(name, _ONE_CARD)
+        return skipped(name, why_no_cards(context))
     domains = {gpu.pci_address: gpu.iommu_domain for gpu in context.cards}
     translated = [address for address, domain in domains.items() if domain is not None and domain != "identity"]
     if translated:

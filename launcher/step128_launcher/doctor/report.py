@@ -31,15 +31,26 @@ def any_failed(findings: Sequence[Finding]) -> bool:
 
 
 def print_findings(console: "Console", findings: Sequence[Finding]) -> None:
-    """Print one line a finding, its remedy below it, and the counts last."""
+    """Print one line a finding, its remedy below it; then what was not checked, and why; the counts last."""
     width = max((len(one.check) for one in findings), default=0)
-    for one in findings:
+    looked = [one for one in findings if one.outcome != SKIP]
+    others = [one for one in findings if one.outcome == SKIP]
+    for one in looked:
         console.print(f"{one.outcome:4}", style=_STYLES[one.outcome], end="  ")
-        console.print(f"{one.check:{width}}  {one.evidence}", markup=False, highlight=False, soft_wrap=True)
-        if one.remedy:
-            console.print(f"{'':6}{'':{width}}→ {one.remedy}", markup=False, highlight=False, soft_wrap=True)
+        _print_one(console, one, width)
+    if others:
+        console.print("not checked here", style=_STYLES[SKIP])
+    for one in others:
+        console.print("    ", end="  ")
+        _print_one(console, one, width)
     counts = ", ".join(f"{_count(findings, outcome)} {outcome}" for outcome in (PASS, WARN, FAIL, SKIP))
     console.print(f"RESULT  {counts}", markup=False, highlight=False)
+
+
+def _print_one(console: "Console", one: Finding, width: int) -> None:
+    console.print(f"{one.check:{width}}  {one.evidence}", markup=False, highlight=False, soft_wrap=True)
+    if one.remedy:
+        console.print(f"{'':6}{'':{width}}→ {one.remedy}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _count(findings: Sequence[Finding], outcome: str) -> int:

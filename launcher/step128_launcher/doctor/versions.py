@@ -4,7 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from step128_launcher.doctor.context import Context
+from step128_launcher.doctor.context import Context, why_no_cards
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
 
 _STRIX = "gfx1151"
@@ -73,7 +73,7 @@ def check_virtual_machine(context: Context) -> Finding:
     """Cards passed through to a virtual machine show timeouts of their scheduler (MES) that bare metal does not."""
     name = "virtual-machine"
     if not context.cards:
-        return skipped(name, "no usable card with memory of its own")
+        return skipped(name, why_no_cards(context))
     try:
         text = (context.root / "proc/cpuinfo").read_text(errors="replace")
     except OSError:

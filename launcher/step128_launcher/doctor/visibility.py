@@ -1,6 +1,6 @@
 """Which GPUs the server would use, and whether that is what was meant."""
 
-from step128_launcher.doctor.context import Context, addresses
+from step128_launcher.doctor.context import Context, addresses, why_no_cards
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
 from step128_launcher.machine.types import AMD
 from step128_launcher.machine.visibility import VARIABLES, hip_order
@@ -120,9 +120,9 @@ def check_order(context: Context) -> Finding:
 def check_rank_count(context: Context) -> Finding:
     """The model divides among 1, 2, 4 or 8 ranks only: 64 and 96 query heads, 8 key-value heads."""
     name = "gpu-count"
-    count = len(context.cards)
+    count = len(context.discrete)
     if not count:
-        return skipped(name, "no usable card with memory of its own")
+        return skipped(name, why_no_cards(context))
     if count in _RANKS:
         return passed(name, f"cards: {count}, which divides the model's 64, 96 and 8 heads evenly")
     used = max(ranks for ranks in _RANKS if ranks <= count)

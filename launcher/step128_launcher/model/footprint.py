@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from step128_launcher.model.model_config import ModelConfig
 from step128_launcher.model.model_weights import KV_SCALES, Cut
-from step128_launcher.model.quantization import Quantization
+from step128_launcher.model.quantization import Format, Quantization
 from step128_launcher.model.tensors import ExpectedTensor
 
 
@@ -122,6 +122,40 @@ def add_up(
             part = Part(Cut.WHOLE, False, count, 4 * count, 0)
             components.append(Component(KV_SCALES, draft, False, count, count, 4 * count, 1, (part,)))
     return tuple(components)
+
+
+def requantized(footprint: ModelFootprint, form: Format, policy: str) -> ModelFootprint:
+    """Return what the same model would hold under a policy of ours, from its sums alone: fast, for asking "what if".
+
+    Counts of tensors stay those of `footprint`; sizes equal those of `assume_footprint`. KV scales are assumed.
+    """
+    quantized = frozenset(form.policies[policy])
+    components = tuple(_recast(component, component.name in quantized, form) for component in footprint.components)
+    scales = footprint.kv_scales or {layer: KvScale(1.0, 1.0) for layer in footprint.attention_layers}
+    return replace(
+        footprint,
+        quantization=Quantization(form.name, policy, quantized, form.group_size),
+        stored_bytes=sum(component.stored_bytes for component in components),
+        components=components,
+        kv_scales=scales,
+        assumed=True,
+    )
+
+
+def _recast(component: Component, quantized: bool, form: Format) -> Component:
+    """Return the component stored packed, or in two bytes a weight; the KV scales stay as they are."""
+    if component.name == KV_SCALES:
+        return component
+    counts: dict[Cut, int] = {}
+    for part in component.parts:
+        counts[part.cut] = counts.get(part.cut, 0) + part.parameters
+    parts = []
+    for cut, count in counts.items():
+        stored = int(count * form.bits_per_weight) // 8 if quantized else 2 * count
+        parts.append(Part(cut, quantized, count, stored, stored if quantized else 0))
+    return replace(
+        component, quantized=quantized, stored_bytes=sum(part.stored_bytes for part in parts), parts=tuple(parts)
+    )
 
 
 def _parts(tensors: list[ExpectedTensor], stored_bytes: Mapping[str, int]) -> tuple[Part, ...]:

@@ -15,6 +15,8 @@ from step128_launcher.model.json_file import read_json
 ARCHITECTURE = "Step3p7ForConditionalGeneration"
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+# Above these a figure is a mistake, and sizes made from it would be too: no dimension of a tensor, layers or experts.
+_MOST, _MOST_LAYERS, _MOST_EXPERTS = 2**31, 2**12, 2**16
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ class _Reader:
             raise self.bad(f"the section {key!r} is missing.")
         return value
 
-    def integer(self, section: dict[str, Any], key: str, name: str, minimum: int = 1) -> int:
+    def integer(self, section: dict[str, Any], key: str, name: str, minimum: int = 1, maximum: int = _MOST) -> int:
         value = section.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.bad(f"{name}{key} must be a whole number of at least {minimum}, found {value!r}.")
+        if value > maximum:
+            raise self.bad(f"{name}{key} must be at most {maximum}, found {value!r}.")
         return value
 
     def model(self) -> ModelConfig:
@@ -128,10 +132,11 @@ class _Reader:
             raise self.bad(f"architectures is {architectures!r}; this release serves {ARCHITECTURE} only.")
         text = self.section("text_config")
 
-        def get(key: str, minimum: int = 1) -> int:
-            return self.integer(text, key, "text_config.", minimum)
+        def get(key: str, minimum: int = 1, maximum: int = _MOST) -> int:
+            return self.integer(text, key, "text_config.", minimum, maximum)
 
-        layers, mtp_layers = get("num_hidden_layers"), get("num_nextn_predict_layers", 0)
+        layers = get("num_hidden_layers", maximum=_MOST_LAYERS)
+        mtp_layers = get("num_nextn_predict_layers", 0, _MOST_LAYERS)
         total = layers + mtp_layers
         layer_types = self.per_layer(text, "layer_types", total)
         unknown = [kind for kind in layer_types if kind not in (FULL_ATTENTION, SLIDING_ATTENTION)]
@@ -142,6 +147,17 @@ class _Reader:
         sliding = text.get("attention_other_setting")
         if not isinstance(sliding, dict):
             raise self.bad("text_config.attention_other_setting is missing (the sliding layers' head count).")
+        heads, kv_heads = get("num_attention_heads"), get("num_attention_groups")
+        sliding_heads = self.integer(sliding, "num_attention_heads", "text_config.attention_other_setting.")
+        for key, count in (("", heads), ("attention_other_setting.", sliding_heads)):
+            if count % kv_heads:
+                raise self.bad(
+                    f"text_config.{key}num_attention_heads must be a multiple of num_attention_groups ({kv_heads}), "
+                    f"found {count}."
+                )
+        experts, top_k = get("moe_num_experts", maximum=_MOST_EXPERTS), get("moe_top_k")
+        if top_k > experts:
+            raise self.bad(f"text_config.moe_top_k must be at most moe_num_experts ({experts}), found {top_k}.")
         head_dim = get("head_dim")
         rotary = self.rotary_dims(text, layer_types, head_dim)
         quantization = self.document.get("quantization_config")
@@ -153,11 +169,9 @@ class _Reader:
             num_hidden_layers=layers,
             num_mtp_layers=mtp_layers,
             vocab_size=get("vocab_size"),
-            num_attention_heads=get("num_attention_heads"),
-            num_sliding_attention_heads=self.integer(
-                sliding, "num_attention_heads", "text_config.attention_other_setting."
-            ),
-            num_kv_heads=get("num_attention_groups"),
+            num_attention_heads=heads,
+            num_sliding_attention_heads=sliding_heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim,
             sliding_window=get("sliding_window"),
             layer_types=tuple(layer_types),
@@ -165,8 +179,8 @@ class _Reader:
             sliding_rotary_dim=rotary[1],
             max_position_embeddings=get("max_position_embeddings"),
             moe_layers=self.moe_layers(text, layers),
-            num_experts=get("moe_num_experts"),
-            experts_per_token=get("moe_top_k"),
+            num_experts=experts,
+            experts_per_token=top_k,
             moe_intermediate_size=get("moe_intermediate_size"),
             shared_expert_size=get("share_expert_dim"),
             dtype=str(self.document.get("torch_dtype") or self.document.get("dtype") or "bfloat16"),
@@ -209,16 +223,18 @@ class _Reader:
     def vision(self) -> VisionConfig:
         section = self.section("vision_config")
 
-        def get(key: str) -> int:
-            return self.integer(section, key, "vision_config.")
+        def get(key: str, maximum: int = _MOST) -> int:
+            return self.integer(section, key, "vision_config.", maximum=maximum)
 
         ratio = section.get("mlp_ratio")
         if not isinstance(ratio, int | float) or not (math.isfinite(ratio) and ratio > 0):
             raise self.bad(f"vision_config.mlp_ratio must be a positive number, found {ratio!r}.")
         width, patch = get("width"), get("patch_size")
+        if width * ratio > _MOST:
+            raise self.bad(f"vision_config.mlp_ratio makes layers wider than {_MOST}, found {ratio!r}.")
         return VisionConfig(
             width=width,
-            layers=get("layers"),
+            layers=get("layers", _MOST_LAYERS),
             heads=get("heads"),
             mlp_width=int(width * ratio),
             patch_size=patch,

@@ -19,7 +19,7 @@ class Budget:
     `shared`: the model's pool is host memory too, so the host's budget must hold both.
     """
 
-    where: str
+    what: str
     gpus: tuple[Gpu, ...]
     total_bytes: int
     available_bytes: int
@@ -27,6 +27,10 @@ class Budget:
     host_available_bytes: int | None
     host_budget_bytes: int | None
     shared: bool
+
+    def where(self, ranks: int) -> str:
+        """Return what to call the model's pool for people."""
+        return f"each of {ranks} GPUs" if ranks > 1 and self.gpus else self.what
 
     def left_bytes(self, fixed_bytes: int, host_bytes: int) -> int:
         """Return what is left for the KV cache beside `fixed_bytes` in the pool and `host_bytes` of processes."""
@@ -38,12 +42,12 @@ class Budget:
         # On separate memories the host's processes either fit or they do not.
         return left if host_bytes <= self.host_budget_bytes else min(left, self.host_budget_bytes - host_bytes)
 
-    def lacking(self, pool_bytes: int, host_bytes: int) -> str:
+    def lacking(self, pool_bytes: int, host_bytes: int, ranks: int) -> str:
         """Return which of the two budgets `pool_bytes` of the model and `host_bytes` of processes exceed by more."""
         if self.host_budget_bytes is None:
-            return self.where
+            return self.where(ranks)
         host_over = host_bytes + (pool_bytes if self.shared else 0) - self.host_budget_bytes
-        return HOST_MEMORY if host_over > max(0, pool_bytes - self.budget_bytes) else self.where
+        return HOST_MEMORY if host_over > max(0, pool_bytes - self.budget_bytes) else self.where(ranks)
 
 
 def make_budget(hardware: Hardware, profile: Profile, limits: Limits) -> Budget:
@@ -74,10 +78,9 @@ def make_budget(hardware: Hardware, profile: Profile, limits: Limits) -> Budget:
             f"The memory of {gpus[0].name} cannot be read.",
             "; ".join(hardware.unreadable) or "step128 doctor says what could not be read.",
         )
-    used = min(len(gpus), max(profile.tensor_parallel_sizes))
     share = min(int(total * profile.usable_fraction), free)
     return Budget(
-        where=f"each of {used} GPUs" if used > 1 else f"the GPU's {memories[0].what}",
+        what=f"the GPU's {memories[0].what}",
         gpus=gpus,
         total_bytes=total,
         available_bytes=free,
@@ -93,4 +96,4 @@ def memory_shortage(budget: Budget, memory_bytes: int | None) -> str | None:
     available = budget.available_bytes
     if memory_bytes is None or memory_bytes <= available:
         return None
-    return f"--memory {format_bytes(memory_bytes)} is above the {format_bytes(available)} available ({budget.where})."
+    return f"--memory {format_bytes(memory_bytes)} is above the {format_bytes(available)} available ({budget.what})."

@@ -1,7 +1,7 @@
 """What earlier starts on this machine measured, by exact settings: one JSON file a machine.
 
-The file is MACHINE.json below $XDG_DATA_HOME/step128/calibration (default ~/.local/share/...), schema 1:
-{"schema": 1, "machine": KEY, "measurements": [{settings {...}, weights_bytes, activation_bytes, graph_bytes,
+The file is MACHINE.json below $XDG_DATA_HOME/step128/calibration (default ~/.local/share/...), schema 2:
+{"schema": 2, "machine": KEY, "measurements": [{settings {...}, weights_bytes, activation_bytes, graph_bytes,
 non_torch_bytes (each a number or null), date, vllm_version, source}]}.
 """
 
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from step128_launcher.files import make_private_folder, write_atomically
 from step128_launcher.machine.types import Hardware
 
-SCHEMA = 1
+SCHEMA = 2
 _DIGITS = 8
 _GIB = 2**30
 
@@ -35,6 +35,8 @@ class Settings:
     attention_backend: str | None
     kv_cache_dtype: str
     enforce_eager: bool
+    dtype: str
+    enable_expert_parallel: bool
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,9 @@ def calibration_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(home) / "step128" / "calibration"
 
 
-def load_calibration(hardware: Hardware, folder: Path | None = None) -> tuple[Measurement, ...]:
-    """Return what was measured on this machine, oldest first: nothing if its file is not there or broken."""
-    return read_calibration((folder or calibration_folder()) / f"{machine_key(hardware)}.json").measurements
-
-
-def calibration_warning(hardware: Hardware, folder: Path | None = None) -> str:
-    """Return what is wrong with this machine's file, empty if nothing is."""
-    return read_calibration((folder or calibration_folder()) / f"{machine_key(hardware)}.json").warning
+def load_calibration(hardware: Hardware, folder: Path | None = None) -> Calibration:
+    """Return what was measured on this machine, oldest first; nothing if its file is not there or broken."""
+    return read_calibration((folder or calibration_folder()) / f"{machine_key(hardware)}.json")
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -113,11 +110,6 @@ def read_calibration(path: Path) -> Calibration:
         return Calibration(())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return Calibration((), f"The calibration {path} cannot be read and is not used: {error!r}. Delete it.")
-
-
-def find(measurements: Sequence[Measurement], settings: Settings) -> Measurement | None:
-    """Return the measurement of exactly these settings, or None."""
-    return next((measurement for measurement in measurements if measurement.settings == settings), None)
 
 
 def save(measurement: Measurement, machine: str, folder: Path | None = None) -> Path:
@@ -148,8 +140,8 @@ def save(measurement: Measurement, machine: str, folder: Path | None = None) -> 
 def parse_settings(document: Mapping[str, Any]) -> Settings:
     """Return the Settings of a JSON object. Raises ValueError if one is missing, unknown or of a wrong type."""
     types: dict[str, tuple[type, ...]] = {
-        **dict.fromkeys(("model", "kv_cache_dtype"), (str,)),
-        **dict.fromkeys(("vision", "enforce_eager"), (bool,)),
+        **dict.fromkeys(("model", "kv_cache_dtype", "dtype"), (str,)),
+        **dict.fromkeys(("vision", "enforce_eager", "enable_expert_parallel"), (bool,)),
         "attention_backend": (str, type(None)),
     }
     for field in fields(Settings):

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.planning.budget import Budget
+from step128_launcher.planning.items import DTYPE_BYTES, Load
 from step128_launcher.planning.kv_cache import KvShape, kv_shape, longest_context
-from step128_launcher.planning.memory import DTYPE_BYTES, Ledger, Load
+from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.profile_schema import AttentionBackend
 from step128_launcher.sizes import format_bytes
 
@@ -159,7 +160,9 @@ class _Judgement:
             needed = shape.needed_bytes(space.shortest_context)
             if memory_left < needed:
                 missing = (needed - memory_left) * self.ranks_in_pool
-                lacking = self.budget.lacking(fixed + needed * self.ranks_in_pool, self.host_bytes)
+                lacking = self.budget.lacking(
+                    fixed + needed * self.ranks_in_pool, self.host_bytes, load.tensor_parallel_size
+                )
                 reason = f"{format_bytes(missing)} missing ({lacking}) for a context of {space.shortest_context}"
             else:
                 reason = f"the profile's largest KV cache does not hold a context of {space.shortest_context}"

@@ -13,10 +13,6 @@ from step128_launcher.planning.objective import WISHED_CONTEXT_TOKENS
 from step128_launcher.planning.plan import Alternative, Limits
 from step128_launcher.planning.profile_schema import AttentionBackend
 from step128_launcher.planning.profiles import Profile
-from step128_launcher.planning.speculation import SpeedInputs
-
-# The model card's figures for Step-3.7-Flash-240REAP, positions 1 to 3.
-CARD_ACCEPTANCE = (0.92, 0.75, 0.55)
 
 
 def usage_error(message: str, hint: str = "") -> LauncherError:
@@ -43,6 +39,8 @@ def make_space(
     rejected: list[Alternative] = []
     dtypes, refused = kv_cache_dtypes(footprint, profile, limits)
     rejected += refused
+    backends = _attention_backends(profile, limits)
+    dtypes = _dtypes_of_backend(dtypes, backends[0], limits)
     ranks, refused = _tensor_parallel_sizes(hardware, footprint, profile, limits, budget)
     rejected += refused
     depths, refused = _depths(footprint, profile, limits)
@@ -52,9 +50,11 @@ def make_space(
     if limits.max_num_batched_tokens:
         batched = (limits.max_num_batched_tokens,)
     if max(batched) < min(seqs):
+        whose = "" if limits.max_num_batched_tokens else f" (of profile {profile.name})"
         raise usage_error(
-            f"--max-num-batched-tokens {max(batched)} is below --max-num-seqs {min(seqs)}; "
-            "vLLM schedules at least one token a request."
+            f"max_num_batched_tokens {max(batched)}{whose} is below max_num_seqs {min(seqs)}; "
+            "vLLM schedules at least one token a request.",
+            "Give --max-num-batched-tokens and --max-num-seqs so that the first is not smaller.",
         )
     space = Space(
         dtype=limits.dtype or profile.dtype,
@@ -71,7 +71,7 @@ def make_space(
         max_num_seqs=tuple(count for count in seqs if count <= max(batched)),
         max_num_batched_tokens=batched,
         vision=(True, False) if limits.vision is None else (limits.vision,),
-        attention_backends=_attention_backends(profile, limits),
+        attention_backends=backends,
     )
     return space, tuple(rejected)
 
@@ -134,29 +134,6 @@ def kv_cache_dtypes(
         reason = f"needs calibrated scales from a quantized checkpoint; {why_not}"
         return ("auto",), (Alternative("kv_cache_dtype fp8", reason),)
     return ("fp8", "auto") if profile.prefer_fp8_kv_cache else ("auto", "fp8"), ()
-
-
-def speed_inputs(profile: Profile, limits: Limits) -> SpeedInputs | None:
-    """Return what the speed model rests on, or None if the profile knows no bandwidth (a CPU)."""
-    bandwidth, efficiency = profile.memory_bandwidth, profile.bandwidth_efficiency
-    reduce_time = profile.all_reduce_microseconds
-    if bandwidth is None or efficiency is None or reduce_time is None:
-        return None
-    asked = limits.acceptance
-    where = "--acceptance" if asked else "the model card (0.92 / 0.75 / 0.55), not measured here"
-    return SpeedInputs(
-        memory_bandwidth=bandwidth.value * 1e9,
-        bandwidth_efficiency=efficiency.value,
-        all_reduce_seconds=reduce_time.value * 1e-6,
-        acceptance=asked or CARD_ACCEPTANCE,
-        conditional=not limits.acceptance_unconditional,
-        sources=(
-            ("memory_bandwidth", bandwidth.source),
-            ("bandwidth_efficiency", efficiency.source),
-            ("all_reduce_seconds", reduce_time.source),
-            ("acceptance", where),
-        ),
-    )
 
 
 def omp_threads_bind(hardware: Hardware, ranks: int) -> str:
@@ -258,6 +235,21 @@ def _attention_backends(profile: Profile, limits: Limits) -> tuple[AttentionBack
         return (known[0],)
     names = ", ".join(backend.name for backend in profile.attention_backends)
     raise usage_error(f"--attention-backend {asked} is not in profile {profile.name} (known there: {names or 'none'}).")
+
+
+def _dtypes_of_backend(dtypes: tuple[str, ...], backend: AttentionBackend | None, limits: Limits) -> tuple[str, ...]:
+    """Return the KV dtypes that a backend asked for by name can take; contradictions are refused, not searched."""
+    if limits.attention_backend is None or backend is None:
+        return dtypes
+    longest, asked = backend.max_model_len, limits.max_model_len
+    if longest is not None and asked is not None and asked > longest:
+        raise usage_error(
+            f"--attention-backend {backend.name} is for contexts of at most {longest}, not {asked}: {backend.why}."
+        )
+    fitting = tuple(dtype for dtype in dtypes if not backend.kv_cache_dtypes or dtype in backend.kv_cache_dtypes)
+    if not fitting:
+        raise usage_error(f"--attention-backend {backend.name} is not for kv_cache_dtype {dtypes[0]}: {backend.why}.")
+    return fitting
 
 
 def _halving(largest: int, smallest: int) -> tuple[int, ...]:

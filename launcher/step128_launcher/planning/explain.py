@@ -20,6 +20,7 @@ def explain_choice(
     space: Space,
     judge: Judge,
     worthwhile: int,
+    candidates: list[Candidate],
 ) -> tuple[str, ...]:
     """Return one sentence for each setting that was decided; `worthwhile` is the depth that pays by the speed model."""
     sentences = [
@@ -29,9 +30,9 @@ def explain_choice(
         _kv_dtype(best, footprint, limits),
     ]
     if len(space.tensor_parallel_sizes) > 1:
-        sentences.append(f"Tensor parallel {best.load.tensor_parallel_size}: the best of {_some(space)}.")
+        sentences.append(_ranks(best, candidates))
     if not best.load.vision:
-        why = "asked for" if limits.vision is False else "with images it does not fit"
+        why = "asked for" if limits.vision is False else "images would cost context or MTP depth (see below)"
         sentences.append(f"Text only: {why}.")
     if best.load.attention_backend:
         backend = next(one for one in space.attention_backends if one and one.name == best.load.attention_backend)
@@ -92,11 +93,11 @@ def _depth(best: Candidate, footprint: ModelFootprint, limits: Limits, judge: Ju
         rule = {
             "latency": "the fastest for one request",
             "throughput": "the most tokens a second with all requests running",
-        }.get(limits.objective, f"the deepest within {TIE:.0%} of the fastest")
+        }.get(limits.objective, _within(judge, best, depth))
         if limits.objective in ("balanced", "context") and depth != worthwhile:
             return (
-                f"MTP depth {depth}: the speed model prefers {worthwhile} (modelled, not measured), but its weights "
-                "would shorten the context."
+                f"MTP depth {depth}: depth {worthwhile} is {_within(judge, best, worthwhile)} by the speed model "
+                "(modelled, not measured), but its weights would shorten the context."
             )
         return f"MTP depth {depth}: {rule} by the speed model{gain} (modelled, not measured)."
     if depth:
@@ -104,18 +105,35 @@ def _depth(best: Candidate, footprint: ModelFootprint, limits: Limits, judge: Ju
     return "No MTP."
 
 
+def _within(judge: Judge, best: Candidate, depth: int) -> str:
+    """Return how `depth` compares with the fastest one at a short context."""
+    rows = [judge.row(best, other, SHORT_CONTEXT_TOKENS) for other in range(judge.footprint.mtp_layers + 1)]
+    fastest = max((row for row in rows if row), key=lambda row: row.tokens_per_second)
+    if fastest.num_speculative_tokens == depth:
+        return "the fastest"
+    return f"the deepest within {TIE:.0%} of the fastest ({fastest.num_speculative_tokens})"
+
+
 def _kv_dtype(best: Candidate, footprint: ModelFootprint, limits: Limits) -> str:
     name = "the serving dtype" if best.kv_cache_dtype == "auto" else best.kv_cache_dtype
     if limits.kv_cache_dtype:
         return f"KV cache in {name}: asked for."
     if best.kv_cache_dtype == "fp8":
+        if footprint.assumed:
+            return (
+                "KV cache in fp8: the recipe calibrates scales for every attention layer (assumed: no shard was read)."
+            )
         which = "trunk layer" if footprint.unscaled_layers else "attention layer"
         return f"KV cache in fp8: the checkpoint has calibrated scales for every {which}."
     return f"KV cache in {name}."
 
 
-def _some(space: Space) -> str:
-    return ", ".join(map(str, sorted(space.tensor_parallel_sizes)))
+def _ranks(best: Candidate, candidates: list[Candidate]) -> str:
+    ranks = best.load.tensor_parallel_size
+    fitting = sorted({one.load.tensor_parallel_size for one in candidates if one.reason is None})
+    if fitting == [ranks]:
+        return f"Tensor parallel {ranks}: the only number of ranks that fits."
+    return f"Tensor parallel {ranks}: the best of {', '.join(map(str, fitting))} by the objective."
 
 
 def _wish(dimension: str, candidate: Candidate) -> str:
@@ -138,7 +156,7 @@ def _verdict(best: Candidate, other: Candidate, judge: Judge) -> str:
         differences.append(f"{other.requests} full-length requests instead of {best.requests}")
     mine = judge.row(best, best.load.num_speculative_tokens, SHORT_CONTEXT_TOKENS)
     its = judge.row(other, other.load.num_speculative_tokens, SHORT_CONTEXT_TOKENS)
-    if mine and its and its.tokens_per_second != mine.tokens_per_second:
+    if mine and its and round(its.tokens_per_second) != round(mine.tokens_per_second):
         differences.append(f"modelled at {its.tokens_per_second:.0f} tokens/s instead of {mine.tokens_per_second:.0f}")
     if other.left_bytes != best.left_bytes:
         change = other.left_bytes - best.left_bytes

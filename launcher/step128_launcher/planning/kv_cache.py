@@ -138,5 +138,21 @@ def kv_shape(
     )
 
 
+def group_counts(config: ModelConfig, drafting_layers: int) -> tuple[int, int]:
+    """Return how many groups the full and the sliding layers are cut into, with `drafting_layers` MTP layers."""
+    shape = kv_shape(
+        config,
+        mtp_layers=drafting_layers,
+        num_speculative_tokens=drafting_layers,
+        tensor_parallel_size=1,
+        bytes_per_element=1,
+        block_size_tokens=1,
+        max_num_batched_tokens=1,
+        concurrent_batches=1,
+    )
+    size = shape.layers_per_group
+    return _ceil_div(shape.full_layers, size), _ceil_div(shape.sliding_layers, size)
+
+
 def _ceil_div(value: int, divisor: int) -> int:
     return -(-value // divisor)

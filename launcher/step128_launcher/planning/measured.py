@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from step128_launcher.planning.calibration import Measurement
-from step128_launcher.planning.memory import Load
+from step128_launcher.planning.items import Load
 
 
 def finder(measurements: Sequence[Measurement]) -> Callable[[Load], Measurement | None]:
@@ -25,6 +25,8 @@ def finder(measurements: Sequence[Measurement]) -> Callable[[Load], Measurement 
                 load.vision,
                 load.attention_backend,
                 load.enforce_eager,
+                load.dtype,
+                load.enable_expert_parallel,
             )
         )
 
@@ -41,4 +43,6 @@ def _key_of(measurement: Measurement) -> tuple[object, ...]:
         settings.vision,
         settings.attention_backend,
         settings.enforce_eager,
+        settings.dtype,
+        settings.enable_expert_parallel,
     )

@@ -1,74 +1,34 @@
-"""The memory of one server, line by line: pure arithmetic from a footprint, a profile and the settings.
-
-Every line says where its figure comes from: `computed` (from the checkpoint's own sizes), `vLLM's code` (a formula read
-there and tested against it), `assumed` (an estimate) or `measured` (an earlier start on this machine, see calibrate).
-"""
+"""The memory of one server, item by item: pure arithmetic from a footprint, a profile and the settings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.model.weights import RankWeights, rank_weights
 from step128_launcher.planning.calibration import Measurement
-from step128_launcher.planning.profile_schema import Assumption
+from step128_launcher.planning.items import (
+    ASSUMED,
+    COLLECTIVES,
+    DTYPE_BYTES,
+    FLOAT32_BYTES,
+    RUNTIME,
+    RUNTIME_MEASURED,
+    VLLM_CODE,
+    Load,
+    MemoryLine,
+    assumed,
+    measured_line,
+    process,
+    weights_line,
+)
+from step128_launcher.planning.kv_cache import group_counts
 from step128_launcher.planning.profiles import Profile
 
-COMPUTED, VLLM_CODE, ASSUMED, MEASURED = "computed", "vLLM's code", "assumed", "measured"
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-_FLOAT32_BYTES = 4
-
 # The largest image vLLM's Step-3.7 processor makes: one tile of 728 pixels and 36 crops of 504 (3024 x 3024).
-_CROPS, _CROP_SIDE_PIXELS = 36, 504
+_CROPS, _CROP_SIDE_PIXELS, _IMAGE_TOKENS = 36, 504, 3164
 
 # vLLM's Triton attention: segments of a split, and the grid below which it splits (triton_attn.py of vLLM 0.32).
 _SEGMENTS, _LAUNCH_GRID = 16, 128
-
-
-@dataclass(frozen=True)
-class MemoryLine:
-    """One item: bytes in its pool, what it is, what its figure rests on, and the source of a formula or assumption."""
-
-    name: str
-    total_bytes: int
-    evidence: str
-    explanation: str
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """All items of one pool (`where`) against its budget; it fits if the sum is not above `budget_bytes`."""
-
-    where: str
-    lines: tuple[MemoryLine, ...]
-    total_memory_bytes: int
-    available_bytes: int
-    budget_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of all items."""
-        return sum(line.total_bytes for line in self.lines)
-
-    @property
-    def free_bytes(self) -> int:
-        """What the plan leaves of the budget; negative if it does not fit."""
-        return self.budget_bytes - self.total_bytes
-
-
-@dataclass(frozen=True)
-class Load:
-    """The settings that memory besides the KV cache depends on."""
-
-    dtype: str
-    tensor_parallel_size: int
-    num_speculative_tokens: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    vision: bool = True
-    attention_backend: str | None = None
-    enable_expert_parallel: bool = False
-    enforce_eager: bool = True
 
 
 class Ledger:
@@ -125,6 +85,11 @@ class Ledger:
             vision=load.vision,
         )
 
+    def runtime_bytes(self, load: Load) -> int:
+        """Return what the driver's context and collectives take of a GPU, assumed or measured."""
+        names = (RUNTIME, COLLECTIVES, RUNTIME_MEASURED)
+        return sum(line.total_bytes for line in self.lines(load) if line.name in names)
+
     def ranks_in_pool(self, load: Load) -> int:
         """Return how many ranks share the pool: all of them on a CPU, one a GPU."""
         return 1 if self._on_gpu else load.tensor_parallel_size
@@ -143,12 +108,13 @@ class Ledger:
         if measured is None or measured.activation_bytes is None:  # what is measured holds the logits too
             groups.append(self._keep(("logits", ranks, load.max_num_seqs, depth), lambda: (self._logits(load),)))
         if self._on_gpu:
-            key = ("gpu", ranks, load.attention_backend, load.enforce_eager, measured)
+            key = ("gpu", ranks, depth > 0, load.attention_backend, load.enforce_eager, measured)
             groups.append(self._keep(key, lambda: self._gpu(load, measured)))
         else:
             groups.append(self._keep(("cpu", ranks, depth > 0, load.dtype), lambda: self._cpu(load)))
             groups.append((self.host_lines(load), self.host_bytes(load)))
-        reserve = MemoryLine("reserve", self.profile.reserve_bytes, ASSUMED, "kept free (profile)")
+        source = self.profile.source("reserve_bytes")
+        reserve = MemoryLine("reserve", self.profile.reserve_bytes, ASSUMED, "kept free (profile)", source)
         groups.append(self._keep(("reserve",), lambda: (reserve,)))
         return groups
 
@@ -171,7 +137,7 @@ class Ledger:
     def _weights(self, load: Load) -> tuple[MemoryLine, ...]:
         ranks = self.ranks_in_pool(load)
         source = "config.json and the policy" if self.footprint.assumed else "headers of the shards, config.json"
-        return tuple(_weights_line(part, ranks, source) for part in self.weights_of(load))
+        return tuple(weights_line(part, ranks, source) for part in self.weights_of(load))
 
     def _rope(self, load: Load) -> MemoryLine:
         """Return the rotary tables: one for all full layers, one for all sliding layers, and the vision tower's."""
@@ -180,7 +146,7 @@ class Ledger:
         total = config.max_position_embeddings * rotated * DTYPE_BYTES[load.dtype]
         if load.vision:
             # The tower's two-dimensional table has one float32 row a patch and is not shared between its layers.
-            total += vision.layers * vision.patches * (vision.width // vision.heads) * _FLOAT32_BYTES
+            total += vision.layers * vision.patches * (vision.width // vision.heads) * FLOAT32_BYTES
         what = f"{config.max_position_embeddings} positions, whole on every rank"
         return MemoryLine("rope tables", total * self.ranks_in_pool(load), VLLM_CODE, what, "rotary_embedding.py")
 
@@ -188,19 +154,24 @@ class Ledger:
         """Return the peak of one step: the larger of a full text batch and of the largest image.
 
         Text: the experts' workspaces (two, [tokens, experts a token, hidden]) and about six hidden-sized buffers.
-        Image: fitted to the peak of vLLM's real tower traced on the meta device at 1, 2 and 4 ranks (error below 1 %).
+        Images: as many of the largest as max_num_batched_tokens holds go through the tower at once (vLLM's encoder
+        budget, v1/core/encoder_cache_manager.py). One was fitted to the peak of vLLM's real tower, traced on the meta
+        device at 1, 2 and 4 ranks (error below 1 %).
         """
         if measured is not None and measured.activation_bytes is not None:
-            return _measured("activations", measured.activation_bytes * self.ranks_in_pool(load), measured)
+            return measured_line("activations", measured.activation_bytes * self.ranks_in_pool(load), measured)
         config, vision, ranks = self.footprint.config, self.footprint.config.vision, load.tensor_parallel_size
         element = DTYPE_BYTES[load.dtype]
         text = load.max_num_batched_tokens * config.hidden_size * (2 * config.experts_per_token + 6) * element
-        image = 0
+        image = images = 0
         if load.vision:
-            patches = vision.patches + _CROPS * (_CROP_SIDE_PIXELS // vision.patch_size) ** 2
+            images = max(1, load.max_num_batched_tokens // _IMAGE_TOKENS)
+            patches = images * (vision.patches + _CROPS * (_CROP_SIDE_PIXELS // vision.patch_size) ** 2)
             sharded = (2 * vision.mlp_width + 4.85 * vision.width) / ranks
             image = int(patches * (sharded + 4.15 * vision.width) * element)
-        what = "largest image (3024 x 3024)" if image > text else f"{load.max_num_batched_tokens} tokens a step"
+        what = f"{load.max_num_batched_tokens} tokens a step"
+        if image > text:
+            what = f"{images} of the largest images (3024 x 3024)" if images > 1 else "largest image (3024 x 3024)"
         source = "text: vLLM's MoE workspaces; image: vLLM's tower traced without data, 1 to 4 ranks"
         total = max(text, image) * self.ranks_in_pool(load)
         return MemoryLine("activations", total, ASSUMED, f"peak of {what}", source)
@@ -208,39 +179,39 @@ class Ledger:
     def _logits(self, load: Load) -> MemoryLine:
         """Return the sampler's float32 buffers: logits of each request's last and drafted tokens, and two copies."""
         rows = load.max_num_seqs * (1 + load.num_speculative_tokens)
-        total = 3 * rows * self.footprint.config.vocab_size * _FLOAT32_BYTES * self.ranks_in_pool(load)
+        total = 3 * rows * self.footprint.config.vocab_size * FLOAT32_BYTES * self.ranks_in_pool(load)
         what = f"{rows} rows of {self.footprint.config.vocab_size} to verify, three buffers"
         return MemoryLine("logits", total, ASSUMED, what, "vLLM's sampler and rejection sampler")
 
     def _gpu(self, load: Load, measured: Measurement | None) -> tuple[MemoryLine, ...]:
         """Return what a GPU holds besides tensors of the model: split attention, graphs, runtime, collectives."""
         profile, several = self.profile, load.tensor_parallel_size > 1
-        lines = [self._attention_scratch(load)]
+        lines = [self._attention_scratch(load)] if load.attention_backend == "TRITON_ATTN" else []
         if measured is not None and measured.non_torch_bytes is not None:
-            lines.append(_measured("runtime and collectives", measured.non_torch_bytes, measured))
+            lines.append(measured_line(RUNTIME_MEASURED, measured.non_torch_bytes, measured))
         else:
-            lines.append(_assumed("runtime context", profile.runtime_context, "driver context and code objects"))
+            lines.append(assumed(RUNTIME, profile.runtime_context, "driver context and code objects"))
             if several:
                 ranks = f"buffers of {load.tensor_parallel_size} ranks"
-                lines.append(_assumed("collectives (RCCL/NCCL)", profile.collectives, ranks))
+                lines.append(assumed(COLLECTIVES, profile.collectives, ranks))
         if not load.enforce_eager:
             if measured is not None and measured.graph_bytes is not None:
-                lines.append(_measured("graphs", measured.graph_bytes, measured))
+                lines.append(measured_line("graphs", measured.graph_bytes, measured))
             else:
-                lines.append(_assumed("graphs", profile.graphs, "captured decode and verification steps"))
+                lines.append(assumed("graphs", profile.graphs, "captured decode and verification steps"))
         return tuple(lines)
 
     def _attention_scratch(self, load: Load) -> MemoryLine:
-        """Return the partial results of split attention: one float32 buffer for each of vLLM's KV-cache groups.
+        """Return the partial results of split attention: one float32 buffer for each group of the KV cache.
 
-        A buffer is [rows, query heads, segments, head_dim + 2]; groups are the full layers and three sliding ones.
+        A buffer is [rows, query heads, segments, head_dim + 2]. A group holds layers of one kind (see kv_cache.py).
         """
-        config = self.footprint.config
-        ranks = load.tensor_parallel_size
+        config, ranks = self.footprint.config, load.tensor_parallel_size
         rows = _LAUNCH_GRID // max(1, config.num_kv_heads // ranks)
-        heads = config.num_attention_heads + 3 * config.num_sliding_attention_heads
-        total = rows * (heads // ranks) * _SEGMENTS * (config.head_dim + 2) * _FLOAT32_BYTES
-        what = f"{_SEGMENTS} segments, {load.attention_backend or 'vLLM default'}"
+        full, sliding = group_counts(config, self.footprint.mtp_layers if load.num_speculative_tokens else 0)
+        heads = full * config.num_attention_heads + sliding * config.num_sliding_attention_heads
+        total = rows * (heads // ranks) * _SEGMENTS * (config.head_dim + 2) * FLOAT32_BYTES
+        what = f"{_SEGMENTS} segments, {full + sliding} groups of layers"
         return MemoryLine("attention scratch", total, VLLM_CODE, what, "v1/attention/backends/triton_attn.py")
 
     def _cpu(self, load: Load) -> tuple[MemoryLine, ...]:
@@ -250,13 +221,16 @@ class Ledger:
             if component.quantized:
                 experts = self.footprint.config.num_experts if component.name == "routed_experts" else 1
                 largest = max(largest, component.largest_parameters // experts)
-        unpacked = largest * (_FLOAT32_BYTES + DTYPE_BYTES[load.dtype])
+        unpacked = largest * (FLOAT32_BYTES + DTYPE_BYTES[load.dtype])
         what = "the torch path unpacks one weight at a time"
-        lines = [MemoryLine("dequantized weight", unpacked, ASSUMED, what)]
+        lines = [
+            MemoryLine("dequantized weight", unpacked, ASSUMED, what, "nl4_gemm/reference.py: float32, then the dtype")
+        ]
         if load.num_speculative_tokens:
             embedding = self.footprint.config.vocab_size * self.footprint.config.hidden_size * DTYPE_BYTES[load.dtype]
             what = "the MTP draft's own copy until it shares"
-            lines.append(MemoryLine("draft embedding, loading", embedding, VLLM_CODE, what))
+            source = "models/step3p5_mtp.py, v1/spec_decode"
+            lines.append(MemoryLine("draft embedding, loading", embedding, VLLM_CODE, what, source))
         return tuple(lines)
 
     def _processes(self, load: Load) -> tuple[MemoryLine, ...]:
@@ -268,34 +242,12 @@ class Ledger:
         profile, ranks = self.profile, load.tensor_parallel_size
         workers = f"interpreter, torch and operators, {ranks} rank{'s' if ranks > 1 else ''}"
         lines = [
-            MemoryLine("API server process", profile.api_server_bytes, ASSUMED, "interpreter and libraries"),
-            MemoryLine("engine core process", profile.engine_core_bytes, ASSUMED, "interpreter and libraries"),
-            MemoryLine("worker processes", profile.worker_bytes * ranks, ASSUMED, workers),
+            process("API server process", "api_server_bytes", profile, 1, "interpreter and libraries"),
+            process("engine core process", "engine_core_bytes", profile, 1, "interpreter and libraries"),
+            process("worker processes", "worker_bytes", profile, ranks, workers),
         ]
         note = "processed images, at most (profile: mm_processor_cache)"
-        for process in ("API server", "engine core") if load.vision else ():
-            lines.append(MemoryLine(f"image cache, {process}", profile.mm_processor_cache_bytes, VLLM_CODE, note))
+        for name in ("API server", "engine core") if load.vision else ():
+            source = "multimodal/cache.py; the limit is the profile's"
+            lines.append(MemoryLine(f"image cache, {name}", profile.mm_processor_cache_bytes, VLLM_CODE, note, source))
         return tuple(line for line in lines if line.total_bytes)
-
-
-def kv_line(kv_cache_memory_bytes: int, ranks_in_pool: int, explanation: str) -> MemoryLine:
-    """Return the KV cache's item; vLLM's setting is per rank."""
-    source = "v1/core/kv_cache_utils.py, compared over all settings in the tests"
-    return MemoryLine("KV cache", kv_cache_memory_bytes * ranks_in_pool, VLLM_CODE, explanation, source)
-
-
-def _weights_line(part: RankWeights, ranks: int, source: str) -> MemoryLine:
-    name = f"{'draft' if part.draft else 'weights'}: {part.component}"
-    line = MemoryLine(name, part.rank_bytes * ranks, COMPUTED, part.explanation, source)
-    return line if ranks == 1 else replace(line, explanation=f"{part.explanation}, {ranks} ranks")
-
-
-def _assumed(name: str, assumption: Assumption | None, explanation: str) -> MemoryLine:
-    if assumption is None:
-        return MemoryLine(name, 0, ASSUMED, explanation)
-    return MemoryLine(name, int(assumption.value), ASSUMED, explanation, assumption.source)
-
-
-def _measured(name: str, total_bytes: int, measured: Measurement) -> MemoryLine:
-    what = f"an earlier start with these settings, {measured.date}"
-    return MemoryLine(name, total_bytes, MEASURED, what, measured.source)

@@ -1,6 +1,6 @@
 """Which of two acceptable candidates is better, by objective. Every key grows with memory, so more is never worse.
 
-balanced: vision kept, the longest context up to 200k, the MTP depth that pays, then concurrency.
+balanced: the longest context up to 200k, then the MTP depth that pays, then images, then concurrency.
 context: the same with the model's longest context. latency: 64k tokens, then the fastest single request.
 throughput: the most tokens a second with all requests of 32k tokens that fit.
 Contexts are compared in 32nds of the wish: a context that is 1 % longer is not worth half the concurrency.
@@ -12,7 +12,8 @@ from dataclasses import replace
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.model.model_config import FULL_ATTENTION
 from step128_launcher.planning.candidates import Candidate
-from step128_launcher.planning.memory import Ledger, Load
+from step128_launcher.planning.items import Load
+from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.speculation import (
     SHORT_CONTEXT_TOKENS,
     SpeedInputs,
@@ -56,18 +57,19 @@ class Judge:
         """Return what to maximise; `depths` is from `worthwhile_depths`."""
         load = candidate.load
         steps = float(candidate.context * _CONTEXT_STEPS // self.wished_context)
-        start = (float(load.vision), steps, float(candidate.kv_cache_dtype == self.preferred_kv_cache_dtype))
+        start = (steps, float(candidate.kv_cache_dtype == self.preferred_kv_cache_dtype))
+        vision = float(load.vision)
         requests, seqs = float(candidate.requests), float(load.max_num_seqs)
         end = (float(load.max_num_batched_tokens), float(candidate.context))
         if self.objective == "throughput":
             together = self._tokens_per_second(candidate, candidate.requests, self.wished_context)
-            return (*start, together, requests, seqs, *end)
+            return (*start, vision, together, requests, seqs, *end)
         if self.objective == "latency":
-            return (*start, self._tokens_per_second(candidate, 1), requests, seqs, *end)
+            return (*start, vision, self._tokens_per_second(candidate, 1), requests, seqs, *end)
         wanted = depths[_depth_group(candidate)]
         depth = load.num_speculative_tokens
         rank = float(depth if depth <= wanted else -depth)
-        return (*start, rank, requests, seqs, self._tokens_per_second(candidate, 1), *end)
+        return (*start, rank, vision, requests, seqs, self._tokens_per_second(candidate, 1), *end)
 
     def worthwhile_depths(self, candidates: list[Candidate]) -> dict[tuple[object, ...], int]:
         """Return, for each number of ranks and KV dtype, the depth that pays at a short and at the wished context."""

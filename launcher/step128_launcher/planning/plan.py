@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from step128_launcher.errors import ExitCode, LauncherError
+from step128_launcher.planning.items import MODEL_LINE, MemoryPlan
 from step128_launcher.planning.kv_cache import KvPrediction
-from step128_launcher.planning.memory import MemoryPlan
 from step128_launcher.planning.speculation import SpeedRow
 
 OBJECTIVES = ("balanced", "context", "throughput", "latency")
@@ -60,7 +60,8 @@ class Plan:
     """The settings of one server; fields named as vLLM names them, memory per rank where vLLM counts per rank.
 
     `memory` is the pool that holds the model (each GPU, or the host on a CPU); `host_memory` the host's where that is
-    another. `fallbacks` are leaner plans, in the order to try them should this one run out of memory at its start.
+    another. `measuring_utilization` is the gpu_memory_utilization with which vLLM fills the budget by itself.
+    `fallbacks` are leaner plans, in the order to try them should this one run out of memory at its start.
     """
 
     profile: str
@@ -79,6 +80,7 @@ class Plan:
     vision: bool
     attention_backend: str | None
     gpu_memory_utilization: float | None
+    measuring_utilization: float | None
     kv_cache_memory_bytes: int
     mm_processor_cache_bytes: int
     prediction: KvPrediction
@@ -97,11 +99,31 @@ class Plan:
     considered: int
     fallbacks: tuple["Plan", ...] = ()
 
+    @property
+    def binding_memory(self) -> MemoryPlan:
+        """Of the pools that hold the model (on a unified machine the host's does, too) the one with the least room."""
+        host = self.host_memory
+        holds_model = host is not None and any(line.name == MODEL_LINE for line in host.lines)
+        return host if host is not None and holds_model and host.free_bytes < self.memory.free_bytes else self.memory
+
 
 class DoesNotFitError(LauncherError):
-    """No acceptable plan fits; `memory` is the smallest one tried, for the itemised table."""
+    """No acceptable plan fits; `memory` is what the smallest one tried lacks, for the itemised table.
 
-    def __init__(self, message: str, hint: str, memory: MemoryPlan, rejected: tuple[Alternative, ...] = ()) -> None:
+    `host_memory` is the host's where that is another pool; `remedies` are what would help, one sentence each.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        hint: str,
+        memory: MemoryPlan,
+        rejected: tuple[Alternative, ...] = (),
+        host_memory: MemoryPlan | None = None,
+        remedies: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(ExitCode.DOES_NOT_FIT, message, hint)
         self.memory = memory
         self.rejected = rejected
+        self.host_memory = host_memory
+        self.remedies = remedies

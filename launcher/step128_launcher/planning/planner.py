@@ -7,19 +7,22 @@ from dataclasses import replace
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.model.quantization import Format
-from step128_launcher.planning.budget import HOST_MEMORY, Budget, make_budget, memory_shortage
+from step128_launcher.planning.budget import HOST_MEMORY, Budget, make_budget
 from step128_launcher.planning.calibration import Measurement
 from step128_launcher.planning.candidates import DIMENSIONS, Candidate, search
-from step128_launcher.planning.choices import device_selection, make_space, omp_threads_bind, speed_inputs
+from step128_launcher.planning.choices import device_selection, make_space, omp_threads_bind
 from step128_launcher.planning.explain import explain_choice, neighbours
+from step128_launcher.planning.items import MODEL_LINE, MemoryLine, MemoryPlan, kv_line
 from step128_launcher.planning.kv_cache import predict
 from step128_launcher.planning.measured import finder
-from step128_launcher.planning.memory import Ledger, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.objective import Judge
 from step128_launcher.planning.plan import Alternative, Expected, Limits, Plan
+from step128_launcher.planning.plan_warnings import plan_warnings
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.planning.remedies import Retry, does_not_fit, unmet_wish
 from step128_launcher.planning.speculation import SHORT_CONTEXT_TOKENS, SpeedRow
+from step128_launcher.planning.speed_inputs import speed_inputs, speed_sources
 
 # After an out-of-memory at the start, budgets smaller than the plan's own sum by this share, twice it, … are tried.
 _FALLBACKS, _FALLBACK_SHARE = 3, 0.03
@@ -80,7 +83,7 @@ class _Planner:
             self.space.kv_cache_dtypes[0],
             footprint,
             self.ledger,
-            speed_inputs(profile, limits),
+            speed_inputs(footprint, profile, limits),
         )
         self.candidates: list[Candidate] = []
 
@@ -97,11 +100,19 @@ class _Planner:
     def plan(self, best: Candidate, budget: Budget) -> Plan:
         """Return the whole plan for the candidate chosen."""
         load, profile, space = best.load, self.profile, self.space
-        kv_bytes = best.shape.needed_bytes(best.context, max(1, best.requests))
+        kv_bytes = self._kv_cache_bytes(best)
         lines = self.ledger.lines(load)
-        requests = f"{best.requests} request{'s' if best.requests != 1 else ''} of {best.context} tokens"
-        kv = kv_line(kv_bytes, self.ledger.ranks_in_pool(load), f"{best.kv_cache_dtype}, {requests}")
-        memory = MemoryPlan(budget.where, (*lines, kv), budget.total_bytes, budget.available_bytes, budget.budget_bytes)
+        prediction = predict(best.shape, kv_bytes, best.context)
+        held = f"{best.kv_cache_dtype}, {prediction.kv_cache_max_concurrency:.1f} requests of {best.context} tokens"
+        kv = kv_line(kv_bytes, self.ledger.ranks_in_pool(load), held)
+        spare = best.left_bytes - kv_bytes
+        memory = MemoryPlan(
+            budget.where(load.tensor_parallel_size),
+            (*lines, kv),
+            budget.total_bytes,
+            budget.available_bytes,
+            budget.budget_bytes,
+        )
         environment = dict(profile.environment)
         if profile.device == "cpu":
             environment["VLLM_CPU_OMP_THREADS_BIND"] = omp_threads_bind(self.hardware, load.tensor_parallel_size)
@@ -123,10 +134,11 @@ class _Planner:
             enforce_eager=load.enforce_eager,
             vision=load.vision,
             attention_backend=load.attention_backend,
-            gpu_memory_utilization=_utilization(memory) if budget.gpus else None,
+            gpu_memory_utilization=self._share(best, min(memory.total_bytes, budget.available_bytes), budget),
+            measuring_utilization=self._share(best, memory.total_bytes + spare, budget),
             kv_cache_memory_bytes=kv_bytes,
             mm_processor_cache_bytes=profile.mm_processor_cache_bytes if load.vision else 0,
-            prediction=predict(best.shape, kv_bytes, best.context),
+            prediction=prediction,
             environment=tuple(environment.items()),
             arguments=profile.arguments,
             gpu_addresses=tuple(gpu.pci_address for gpu in chosen),
@@ -134,13 +146,13 @@ class _Planner:
             host_memory=self._host_memory(best, memory, budget),
             expected=self._expected(best, lines),
             speed=self._speed(best),
-            speed_sources=self._speed_sources(),
+            speed_sources=speed_sources(self.judge.inputs),
             reasons=explain_choice(
-                best, self.footprint, profile, self.limits, space, self.judge, self.worthwhile(best)
+                best, self.footprint, profile, self.limits, space, self.judge, self.worthwhile(best), self.candidates
             ),
             rejected=(*self.left_out, *self._rejected(best)),
             wish=self._wish(best, budget),
-            warnings=self._warnings(budget),
+            warnings=plan_warnings(best, self.footprint, profile, self.limits, budget),
             considered=len(self.candidates),
         )
 
@@ -164,12 +176,17 @@ class _Planner:
 
     def _wish(self, best: Candidate, budget: Budget) -> tuple[str, ...]:
         again = Retry(self.footprint, self.profile, budget, self.ledger, self.form)
-        return unmet_wish(self.space, self.worthwhile(best), self.limits, again)
+        return unmet_wish(self.hardware, self.space, self.worthwhile(best), self.limits, again)
 
     def worthwhile(self, best: Candidate) -> int:
         """Return the MTP depth that pays by the speed model, with the ranks chosen and the preferred KV dtype."""
         depths = self.judge.worthwhile_depths(self.candidates)
         return depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
+
+    def _kv_cache_bytes(self, best: Candidate) -> int:
+        """Return the KV cache of a rank: all that is left, in whole blocks, up to max_num_seqs full-length requests."""
+        most = best.shape.needed_bytes(best.context, best.load.max_num_seqs)
+        return min(most, best.left_bytes // best.shape.bytes_per_block * best.shape.bytes_per_block)
 
     def _rejected(self, best: Candidate) -> tuple[Alternative, ...]:
         return neighbours(best, self.candidates, self.space, self.judge)
@@ -180,7 +197,7 @@ class _Planner:
         lines = self.ledger.host_lines(best.load)
         if budget.shared:
             what = "the table above: GPU and host share this memory"
-            lines = (MemoryLine("model and KV cache", memory.total_bytes, "computed", what), *lines)
+            lines = (MemoryLine(MODEL_LINE, memory.total_bytes, "computed", what), *lines)
         total = self.hardware.memory_total_bytes
         return MemoryPlan(HOST_MEMORY, lines, total, budget.host_available_bytes, budget.host_budget_bytes)
 
@@ -188,13 +205,18 @@ class _Planner:
         if not self.budget.gpus:
             return Expected(self.ledger.weights_bytes(best.load), 0, 0, 0)
         sizes = {line.name: line.total_bytes for line in lines}
-        context = sizes.get("runtime context", 0) + sizes.get("collectives (RCCL/NCCL)", 0)
         return Expected(
             weights_bytes=self.ledger.weights_bytes(best.load) + sizes.get("rope tables", 0),
             activation_bytes=sizes.get("activations", 0) + sizes.get("logits", 0),
             graph_bytes=sizes.get("graphs", 0),
-            non_torch_bytes=context or sizes.get("runtime and collectives", 0),
+            non_torch_bytes=self.ledger.runtime_bytes(best.load),
         )
+
+    def _share(self, best: Candidate, wanted_bytes: int, budget: Budget) -> float | None:
+        if not budget.gpus:
+            return None
+        runtime = self.ledger.runtime_bytes(best.load) + (self.ledger.host_bytes(best.load) if budget.shared else 0)
+        return round(_utilization(wanted_bytes, runtime, budget.total_bytes), 2)
 
     def _speed(self, best: Candidate) -> tuple[SpeedRow, ...]:
         """Return the modelled speed of every depth the checkpoint allows, at a short and at the planned context."""
@@ -203,42 +225,15 @@ class _Planner:
         rows = (self.judge.row(best, depth, context) for context in contexts for depth in depths)
         return tuple(row for row in rows if row is not None)
 
-    def _speed_sources(self) -> tuple[tuple[str, str], ...]:
-        inputs = self.judge.inputs
-        if inputs is None:
-            return ()
-        kind = "conditional on the position before" if inputs.conditional else "unconditional"
-        values = {
-            "memory_bandwidth": f"{inputs.memory_bandwidth / 1e9:.0f} GB/s a rank",
-            "bandwidth_efficiency": f"{inputs.bandwidth_efficiency:.2f}",
-            "all_reduce_seconds": f"{1e6 * inputs.all_reduce_seconds:.0f} microseconds",
-            "acceptance": f"{' / '.join(f'{value:g}' for value in inputs.acceptance)}, {kind}",
-        }
-        return tuple((name, f"{values[name]} ({source})") for name, source in inputs.sources)
 
-    def _warnings(self, budget: Budget) -> tuple[str, ...]:
-        found = [memory_shortage(budget, self.limits.memory_bytes)]
-        quantization = self.footprint.quantization
-        if budget.gpus and quantization is not None and quantization.method == "nl4":
-            found.append(
-                "This release has no GPU kernels for NL4 yet: on a GPU the torch reference unpacks one weight at a "
-                "time, slowly and with memory that this plan does not count. Plan with it, do not serve with it."
-            )
-        if self.footprint.assumed:
-            found.append("No shard was read: sizes follow from config.json and the policy; KV scales are assumed.")
-        return tuple(text for text in found if text)
+def _utilization(wanted_bytes: int, runtime_bytes: int, total_bytes: int) -> float:
+    """Return --gpu-memory-utilization, in whole hundredths, rounded down.
 
-
-def _utilization(memory: MemoryPlan) -> float:
-    """Return --gpu-memory-utilization. vLLM refuses to start if less than this share of the total is free.
-
-    With --kv-cache-memory-bytes it decides nothing else, so it is what the plan uses, rounded up, but not above what
-    is free now.
+    vLLM looks at the free memory once its runtime context and collectives exist (`runtime_bytes`), and refuses to start
+    if less than this share of the total is free, even when the KV cache's size is given (v1/worker/gpu_worker.py,
+    request_memory). So what the runtime takes is no part of it, and a hundredth is kept for what nobody counted.
     """
-    total = memory.total_memory_bytes
-    planned = math.ceil(100 * memory.total_bytes / total) / 100
-    free = math.floor(100 * memory.available_bytes / total) / 100
-    return max(0.01, min(planned, free))
+    return max(0.01, math.floor(100 * (wanted_bytes - runtime_bytes) / total_bytes) / 100 - 0.01)
 
 
 def _settings(plan: Plan) -> tuple[object, ...]:
@@ -249,11 +244,15 @@ def _settings(plan: Plan) -> tuple[object, ...]:
 
 
 def all_candidates(
-    hardware: Hardware, footprint: ModelFootprint, profile: Profile, limits: Limits
+    hardware: Hardware,
+    footprint: ModelFootprint,
+    profile: Profile,
+    limits: Limits,
+    measurements: Sequence[Measurement] = (),
 ) -> list[dict[str, object]]:
     """Return every candidate of the search as a document: its settings, context, requests, reason, missing bytes."""
     budget = make_budget(hardware, profile, limits)
-    planner = _Planner(hardware, footprint, profile, limits, budget, (), None)
+    planner = _Planner(hardware, footprint, profile, limits, budget, measurements, None)
     found = search(footprint, planner.space, budget, planner.ledger, profile.kv_cache_max_bytes)
     return [
         {name: candidate.value(name) for name in DIMENSIONS}

@@ -36,3 +36,14 @@ def device_memory(hardware: Hardware, gpu: Gpu) -> DeviceMemory:
     total = min(limits)
     free = min(max(0, total - (gpu.gtt_used_bytes or 0)), hardware.memory_available_bytes)
     return DeviceMemory(total, free, True, "GTT")
+
+
+# Left for Linux and the server's processes, of what the firmware leaves of the memory (a 128 GB box shows Linux about
+# 125 GiB); and the most that was reported to work there. Assumptions.
+_HOST_SHARE_BYTES, _MOST_GTT_BYTES = 5 * 2**30, 120 * 2**30
+
+
+def gtt_goal_bytes(hardware: Hardware, gpu: Gpu) -> int:
+    """Return the GTT to set on an AMD APU: all of the memory but 5 GiB, at most 120 GiB, in whole GiB."""
+    physical = hardware.memory_total_bytes + (gpu.vram_total_bytes or 0)
+    return min(physical - _HOST_SHARE_BYTES, _MOST_GTT_BYTES) // 2**30 * 2**30

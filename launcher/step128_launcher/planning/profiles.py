@@ -14,6 +14,9 @@ from step128_launcher.planning.pools import device_memory
 from step128_launcher.planning.profile_schema import Assumption, AttentionBackend, bad_value, read_profile_values
 from step128_launcher.sizes import format_bytes
 
+# The name that stands for the profile of the machine.
+AUTO = "auto"
+
 # libyaml's loader is several times as fast; some builds of PyYAML lack it.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -23,6 +26,7 @@ class Profile:
     """Limits and defaults for one kind of machine; the meaning of each figure is in the YAML file.
 
     A profile without `match_targets` is for machines with no GPU. `kv_cache_max_bytes` is over all ranks.
+    `sources` says by field where a plain figure comes from; see `source`.
     """
 
     name: str
@@ -65,6 +69,17 @@ class Profile:
     shutdown_timeout_seconds: int
     start_timeout_seconds: int
     environment: tuple[tuple[str, str], ...]
+    sources: tuple[tuple[str, str], ...]
+
+    def source(self, field: str) -> str:
+        """Return where the figure in `field` comes from, such as "api_server_bytes" or "graphs".
+
+        Raises:
+            KeyError: the profile gives no source for that field; the schema says which have one.
+
+        """
+        value = getattr(self, field, None)
+        return value.source if isinstance(value, Assumption) else dict(self.sources)[field]
 
 
 def user_profiles_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -106,12 +121,45 @@ def load_profile(configs_dir: Path, name: str, user_dir: Path | None = None) -> 
     profile = Profile(name=name, **read_profile_values(path, document))
     if profile.min_model_len > profile.max_model_len:
         raise bad_value(path, "limits.min_model_len", "a value not above limits.max_model_len", profile.min_model_len)
+    least_batched = profile.min_num_batched_tokens
+    if least_batched is not None and least_batched > profile.max_num_batched_tokens:
+        wanted = f"a value not above limits.max_num_batched_tokens ({profile.max_num_batched_tokens})"
+        raise bad_value(path, "limits.min_num_batched_tokens", wanted, least_batched)
     if profile.block_size % profile.block_size_multiple:
         wanted = f"a multiple of vllm.block_size_multiple ({profile.block_size_multiple})"
         raise bad_value(path, "vllm.block_size", wanted, profile.block_size)
     if profile.device != "cpu":
         _check_gpu_profile(path, profile)
     return profile
+
+
+def load_profiles(
+    configs_dir: Path, user_dir: Path | None = None, only: str | None = None
+) -> tuple[dict[str, Profile], dict[str, str]]:
+    """Return name -> profile of all of them (of `only` that name), and name -> what is wrong with a user's own file.
+
+    Where the user's file of a shipped name is broken, the shipped one stands.
+
+    Raises:
+        LauncherError: 78, if a shipped profile is broken.
+
+    """
+    shipped = profile_files(configs_dir)
+    profiles: dict[str, Profile] = {}
+    broken: dict[str, str] = {}
+    for name, path in profile_files(configs_dir, user_dir).items():
+        if only is not None and name != only:
+            continue
+        own = path != shipped.get(name)
+        try:
+            profiles[name] = load_profile(configs_dir, name, user_dir)
+        except LauncherError as error:
+            if not own:
+                raise
+            broken[name] = " ".join(f"{error.message} {error.hint}".split())  # YAML's complaints take lines
+            if name in shipped:
+                profiles[name] = load_profile(configs_dir, name)
+    return profiles, broken
 
 
 def _check_gpu_profile(path: Path, profile: Profile) -> None:

@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from step128_launcher.errors import LauncherError
-from step128_launcher.machine.types import AMD, Hardware
-from step128_launcher.model.checkpoint import assume_footprint
-from step128_launcher.model.footprint import ModelFootprint
+from step128_launcher.machine.types import Hardware
+from step128_launcher.model.footprint import ModelFootprint, requantized
 from step128_launcher.model.quantization import Format
+from step128_launcher.model.weights import indivisible
 from step128_launcher.planning.budget import HOST_MEMORY, Budget
 from step128_launcher.planning.candidates import Candidate, Space, search
-from step128_launcher.planning.memory import Ledger, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.planning.items import MODEL_LINE, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.planning.memory import Ledger
+from step128_launcher.planning.more_memory import more_memory
 from step128_launcher.planning.plan import Alternative, DoesNotFitError, Limits
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.sizes import format_bytes
 
-_MIB, _GIB = 2**20, 2**30
+_SHOWN_NEAR = 3  # candidates shown of those that came nearest
 
 
 def does_not_fit(
@@ -33,7 +34,7 @@ def does_not_fit(
     leanest = min(candidates, key=lambda one: (one.missing_bytes is None, one.missing_bytes or 0))
     context = space.shortest_context
     needed = leanest.shape.needed_bytes(context)
-    memory = _memory(leanest, ledger, budget, needed, context)
+    memory, host_memory = _memory(hardware, leanest, ledger, budget, needed, context)
     if leanest.missing_bytes is None:
         what = leanest.reason or "no combination of settings is possible"
         if leanest.left_bytes < needed:
@@ -50,12 +51,17 @@ def does_not_fit(
     search_again = Retry(footprint, profile, budget, ledger, form)
     ideas = _ideas(hardware, limits, space, leanest, leanest.lacking == HOST_MEMORY, search_again)
     hint = ("Try: " + "; ".join(ideas) + "." if ideas else "") + (f" {profile.advice}" if profile.advice else "")
-    near = sorted((one for one in candidates if one.missing_bytes), key=lambda one: one.missing_bytes or 0)[:3]
-    rejected = tuple(Alternative(_describe(one), one.reason or "", one.missing_bytes) for one in near)
-    return DoesNotFitError(message, hint.strip(), memory, rejected)
+    near: dict[tuple[object, ...], Candidate] = {}
+    for one in sorted((one for one in candidates if one.missing_bytes), key=lambda one: one.missing_bytes or 0):
+        near.setdefault((one.load.vision, one.load.num_speculative_tokens, one.kv_cache_dtype), one)
+    rejected = tuple(
+        Alternative(_describe(one), one.reason or "", one.missing_bytes) for one in list(near.values())[:_SHOWN_NEAR]
+    )
+    remedies = (*ideas, profile.advice) if profile.advice else tuple(ideas)
+    return DoesNotFitError(message, hint.strip(), memory, rejected, host_memory, remedies)
 
 
-def unmet_wish(space: Space, depth: int, limits: Limits, again: "Retry") -> tuple[str, ...]:
+def unmet_wish(hardware: Hardware, space: Space, depth: int, limits: Limits, again: "Retry") -> tuple[str, ...]:
     """Return what the wished plan lacks, if the chosen one is short of it, and each single change that would give it.
 
     The wish: images, the wished context, the MTP depth that pays (`depth`), the preferred KV dtype.
@@ -80,22 +86,30 @@ def unmet_wish(space: Space, depth: int, limits: Limits, again: "Retry") -> tupl
         f"Wished: {images}context {space.wished_context}, MTP {depth}, KV {wish.kv_cache_dtypes[0]}: "
         f"{format_bytes(nearest.missing_bytes)} missing ({nearest.lacking}). It would fit with"
     )
-    changes = _changes(wish, nearest, limits, again)
-    return (f"{title} {'; or '.join(changes)}.",) if changes else (f"{title} more memory only.",)
+    return (f"{title} {'; or '.join(_changes(wish, nearest, hardware, limits, again))}.",)
 
 
-def _memory(leanest: Candidate, ledger: Ledger, budget: Budget, needed: int, context: int) -> MemoryPlan:
-    """Return the table to show: of the pool that holds the model, or of the host's memory where that is what lacks."""
+def _memory(
+    hardware: Hardware, leanest: Candidate, ledger: Ledger, budget: Budget, needed: int, context: int
+) -> tuple[MemoryPlan, MemoryPlan | None]:
+    """Return the table of the pool that lacks memory, and the host's where that is another one."""
     lines: tuple[MemoryLine, ...] = ledger.lines(leanest.load)
     lines = (*lines, kv_line(needed, ledger.ranks_in_pool(leanest.load), f"one request of {context} tokens"))
-    plan = MemoryPlan(budget.where, lines, budget.total_bytes, budget.available_bytes, budget.budget_bytes)
-    if leanest.lacking == HOST_MEMORY and budget.host_budget_bytes is not None:
-        host = ledger.host_lines(leanest.load)
-        if budget.shared:
-            host = (MemoryLine("model and KV cache", plan.total_bytes, "computed", "GPU and host share it"), *host)
-        available = budget.host_available_bytes or 0
-        return MemoryPlan(HOST_MEMORY, host, available, available, budget.host_budget_bytes)
-    return plan
+    plan = MemoryPlan(
+        budget.where(leanest.load.tensor_parallel_size),
+        lines,
+        budget.total_bytes,
+        budget.available_bytes,
+        budget.budget_bytes,
+    )
+    if budget.host_budget_bytes is None:
+        return plan, None
+    lines = ledger.host_lines(leanest.load)
+    if budget.shared:
+        lines = (MemoryLine(MODEL_LINE, plan.total_bytes, "computed", "GPU and host share it"), *lines)
+    available = budget.host_available_bytes or 0
+    host = MemoryPlan(HOST_MEMORY, lines, hardware.memory_total_bytes, available, budget.host_budget_bytes)
+    return (host, None) if leanest.lacking == HOST_MEMORY else (plan, host)
 
 
 class Retry:
@@ -124,6 +138,10 @@ def _ideas(
     profile, footprint = again.profile, again.footprint
     ideas = _shorter(limits, space, profile, again)
     ideas += _usual(limits, profile)
+    if limits.tensor_parallel_size and again.profile.device != "cpu":
+        sizes = tuple(size for size in profile.tensor_parallel_sizes if size <= len(again.budget.gpus))
+        other = again.best(replace(space, tensor_parallel_sizes=_divisible(again.footprint, sizes, limits)))
+        ideas += _named(f"--tensor-parallel-size {other.load.tensor_parallel_size}" if other else "", other)
     if limits.vision:
         ideas += _named("--no-vision", again.best(replace(space, vision=(False,))))
     if limits.num_speculative_tokens:
@@ -136,11 +154,11 @@ def _ideas(
     if profile.kv_cache_max_bytes is not None and leanest.missing_bytes is None:
         ideas.append(f"a memory.kv_cache_max above {format_bytes(profile.kv_cache_max_bytes)} in {profile.name}.yaml")
     if leanest.missing_bytes is not None:
-        ideas += _more_memory(hardware, limits, profile, again.budget, leanest.missing_bytes, host_lacks)
+        ideas += more_memory(hardware, limits, profile, again.budget, leanest.missing_bytes, host_lacks)
     return ideas
 
 
-def _changes(wish: Space, nearest: Candidate, limits: Limits, again: Retry) -> list[str]:
+def _changes(wish: Space, nearest: Candidate, hardware: Hardware, limits: Limits, again: Retry) -> list[str]:
     """Return the single changes that make the wish fit, each with the memory it frees on a rank."""
     before = nearest.left_bytes
     # The other settings stay those of the nearest, so that what a change frees is compared like with like.
@@ -159,7 +177,9 @@ def _changes(wish: Space, nearest: Candidate, limits: Limits, again: Retry) -> l
         other = again.best(replace(wish, depths=(0,)))
         if other:
             found.append(f"no MTP (--num-speculative-tokens 0): +{format_bytes(other.left_bytes - before)}")
-    return found + _other_policies(wish, nearest, again)
+    found += _other_policies(wish, nearest, again)
+    missing, host_lacks = nearest.missing_bytes or 0, nearest.lacking == HOST_MEMORY
+    return found + more_memory(hardware, limits, again.profile, again.budget, missing, host_lacks)
 
 
 def _shorter(limits: Limits, space: Space, profile: Profile, again: Retry) -> list[str]:
@@ -167,6 +187,11 @@ def _shorter(limits: Limits, space: Space, profile: Profile, again: Retry) -> li
         return []
     best = again.best(replace(space, shortest_context=min(profile.min_model_len, limits.max_model_len)))
     return [f"--max-model-len {best.context}"] if best else []
+
+
+def _divisible(footprint: ModelFootprint, sizes: tuple[int, ...], limits: Limits) -> tuple[int, ...]:
+    experts = limits.enable_expert_parallel
+    return tuple(size for size in sizes if indivisible(footprint, size, expert_parallel=experts) is None)
 
 
 def _usual(limits: Limits, profile: Profile) -> list[str]:
@@ -194,15 +219,14 @@ def _other_policies(space: Space, leanest: Candidate, again: Retry) -> list[str]
     found: list[str] = []
     now = again.ledger.weights_bytes(leanest.load)
     quantized = footprint.quantization is not None
+    if footprint.quantization is not None and footprint.quantization.method != form.name:
+        return []  # made with another tool: its weights were not these to begin with
     # Whether it fits is decided by the leanest settings; the others need not be tried.
     lean = replace(
         space, max_num_seqs=(min(space.max_num_seqs),), max_num_batched_tokens=(min(space.max_num_batched_tokens),)
     )
     for policy in form.policies:
-        try:
-            other = assume_footprint(footprint.path, form, policy)
-        except LauncherError:
-            return found  # a config.json that cannot be quantized; it was good enough to be planned as it is
+        other = requantized(footprint, form, policy)
         saved = now - Ledger(other, again.profile).weights_bytes(leanest.load)
         if saved * again.ledger.ranks_in_pool(leanest.load) < max(1, leanest.missing_bytes or 0):
             continue
@@ -214,52 +238,10 @@ def _other_policies(space: Space, leanest: Candidate, again: Retry) -> list[str]
     return found
 
 
-def _more_memory(
-    hardware: Hardware, limits: Limits, profile: Profile, budget: Budget, missing_bytes: int, host_lacks: bool
-) -> list[str]:
-    """Return where the memory could come from. Of what is freed or added a plan uses the profile's share only."""
-    gpu = budget.gpus[0] if budget.gpus else None
-    if limits.memory_bytes is not None and limits.memory_bytes < budget.available_bytes:
-        return ["raise --memory"]
-    total, limit = hardware.memory_total_bytes, hardware.cgroup_limit_bytes
-    share = profile.usable_fraction if gpu is None else profile.host_usable_fraction
-    added = -(-int(missing_bytes / share) // _MIB) * _MIB
-    confined = limit is not None and limit < total
-    if (host_lacks or gpu is None or budget.shared) and limit is not None and confined and limit + added <= total:
-        return [f"raise the container's memory limit (now {format_bytes(limit)}) by {format_bytes(added)}"]
-    if host_lacks or gpu is None:
-        if not confined and added <= total - hardware.memory_available_bytes:
-            return ["free memory on this machine"]
-        return [f"a machine with more memory (this one has {format_bytes(total)})"]
-    if gpu.integrated and gpu.vendor == AMD:
-        return [gtt_remedy(hardware, budget, missing_bytes)]
-    emptied = int(budget.total_bytes * profile.usable_fraction)
-    taken = budget.total_bytes - budget.available_bytes
-    if emptied - budget.budget_bytes >= missing_bytes:
-        return [f"end what holds {format_bytes(taken)} of the GPU's memory"]
-    return []
-
-
-def gtt_remedy(hardware: Hardware, budget: Budget, missing_bytes: int) -> str:
-    """Return how to let an AMD APU use more of the host's memory, or why that will not help."""
-    vram = budget.gpus[0].vram_total_bytes or 0
-    physical = hardware.memory_total_bytes + vram
-    wanted = -(-int(budget.total_bytes + missing_bytes * 1.06) // _GIB)
-    # What Linux and the server's processes need beside the GPU's share.
-    most = (physical - 8 * _GIB) // _GIB
-    if wanted > most:
-        return f"a machine with more memory: {wanted} GiB for the GPU are needed, this one can give {most} GiB"
-    goal = max(wanted, min(120, most))
-    steps = f"raise GTT to {goal} GiB: `sudo amd-ttm --set {goal}` (package amd-debug-tools), then reboot"
-    if vram > 4 * _GIB:
-        steps = f"in the firmware set the GPU's carve-out to 512 MiB (now {format_bytes(vram)}), then {steps}"
-    return steps
-
-
 def _describe(candidate: Candidate) -> str:
     load = candidate.load
     return (
         f"tensor parallel {load.tensor_parallel_size}, MTP {load.num_speculative_tokens}, "
-        f"KV {candidate.kv_cache_dtype}, {load.max_num_seqs} requests, {load.max_num_batched_tokens} tokens a step, "
+        f"KV {candidate.kv_cache_dtype}, {load.max_num_seqs} at once, {load.max_num_batched_tokens} tokens a step, "
         f"{'with images' if load.vision else 'text only'}"
     )

@@ -6,7 +6,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from step128_launcher.planning.memory import MemoryPlan
+from step128_launcher.planning.items import MemoryPlan
 from step128_launcher.planning.plan import Plan
 from step128_launcher.supervisor.comparison import Row
 from step128_launcher.supervisor.hang import Activity

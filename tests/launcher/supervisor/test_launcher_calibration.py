@@ -13,11 +13,10 @@ from step128_launcher.commands.calibrate import calibration_document, run_calibr
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import AMD, Gpu, Hardware
 from step128_launcher.planning.calibration import (
+    Calibration,
     Measurement,
     Settings,
     calibration_folder,
-    calibration_warning,
-    find,
     load_calibration,
     machine_key,
     model_fingerprint,
@@ -25,7 +24,7 @@ from step128_launcher.planning.calibration import (
 )
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
-SETTINGS = Settings("0123456789ab", 4, 3, 16, 2048, True, "TRITON_ATTN", "fp8", False)
+SETTINGS = Settings("0123456789ab", 4, 3, 16, 2048, True, "TRITON_ATTN", "fp8", False, "bfloat16", False)
 MEASURED = Measurement(SETTINGS, 28 * 2**30, 2**30, None, 0, "2026-01-02", "0.32.0", "/log")
 LOG = (
     "(APIServer pid=6) INFO 11-23 16:53:34 [api_utils.py:347]  version 0.32.0\n"
@@ -43,13 +42,11 @@ def r9700(address: str) -> Gpu:
 
 
 def test_stored_and_found_by_exact_settings(cpu: Hardware, tmp_path: Path) -> None:
-    assert load_calibration(cpu, tmp_path) == () and calibration_warning(cpu, tmp_path) == ""
+    assert load_calibration(cpu, tmp_path) == Calibration(())
     path = save(MEASURED, machine_key(cpu), tmp_path)
     assert path.stat().st_mode & 0o077 == 0
-    found = load_calibration(cpu, tmp_path)
-    assert found == (MEASURED,) and find(found, SETTINGS) == MEASURED
-    for change in ({"model": "x"}, {"max_num_seqs": 8}, {"vision": False}, {"attention_backend": None}):
-        assert find(found, replace(SETTINGS, **change)) is None
+    found = load_calibration(cpu, tmp_path).measurements
+    assert found == (MEASURED,) and found[0].settings == SETTINGS
 
 
 def test_the_newest_of_the_same_settings_stays(cpu: Hardware, tmp_path: Path) -> None:
@@ -57,7 +54,7 @@ def test_the_newest_of_the_same_settings_stays(cpu: Hardware, tmp_path: Path) ->
     newer = replace(MEASURED, weights_bytes=5, date="2026-02-03")
     for measurement in (MEASURED, other, newer):
         save(measurement, machine_key(cpu), tmp_path)
-    assert load_calibration(cpu, tmp_path) == (other, newer)
+    assert load_calibration(cpu, tmp_path).measurements == (other, newer)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +62,8 @@ def test_the_newest_of_the_same_settings_stays(cpu: Hardware, tmp_path: Path) ->
     [
         lambda document: "{",
         lambda document: "[" * 100_000,
-        lambda document: json.dumps(document | {"schema": 2}),
-        lambda document: json.dumps({"schema": 1}),
+        lambda document: json.dumps(document | {"schema": 1}),
+        lambda document: json.dumps({"schema": 2}),
         lambda document: json.dumps(document | {"measurements": [document["measurements"][0] | {"graph_bytes": -1}]}),
         lambda document: json.dumps(document | {"measurements": [document["measurements"][0] | {"settings": {}}]}),
         lambda document: json.dumps([]),
@@ -77,10 +74,11 @@ def test_a_broken_file_is_a_warning_and_is_kept_aside(
 ) -> None:
     path = save(MEASURED, machine_key(cpu), tmp_path)
     path.write_text(spoil(json.loads(path.read_text())))
-    assert load_calibration(cpu, tmp_path) == ()
-    assert path.name in calibration_warning(cpu, tmp_path) and "Delete it" in calibration_warning(cpu, tmp_path)
+    assert load_calibration(cpu, tmp_path).measurements == ()
+    warning = load_calibration(cpu, tmp_path).warning
+    assert path.name in warning and "Delete it" in warning
     save(MEASURED, machine_key(cpu), tmp_path)
-    assert load_calibration(cpu, tmp_path) == (MEASURED,) and path.with_suffix(".broken").exists()
+    assert load_calibration(cpu, tmp_path).measurements == (MEASURED,) and path.with_suffix(".broken").exists()
 
 
 def test_the_machine_s_key(cpu: Hardware) -> None:
@@ -124,7 +122,8 @@ def test_calibrate_stores_what_the_next_plan_finds(
     row = next(row for row in printed["rows"] if row["item"] == "weights")
     assert row["measured"] == 1.5 * 2**30 and row["difference"] == row["measured"] - row["planned"]
     assert printed["stored"] == str(folder / f"{machine_key(cpu)}.json")
-    found = find(load_calibration(cpu, folder), settings_of(bench.plan, bench.job.footprint.path))
+    wanted = settings_of(bench.plan, bench.job.footprint.path)
+    found = next((one for one in load_calibration(cpu, folder).measurements if one.settings == wanted), None)
     assert found is not None and found.weights_bytes == 1.5 * 2**30 and found.graph_bytes is None
     assert found.vllm_version == "0.32.0" and found.source == str(finished / "vllm.log")
 

@@ -1,0 +1,38 @@
+"""What a plan that fits still warns of."""
+
+from step128_launcher.model.footprint import ModelFootprint
+from step128_launcher.planning.budget import Budget, memory_shortage
+from step128_launcher.planning.candidates import Candidate
+from step128_launcher.planning.plan import Limits
+from step128_launcher.planning.profiles import Profile
+
+# No FP8 instructions (vLLM's supports_fp8 names CDNA and RDNA4 only), so FP8 KV cache is converted in software there.
+_FP8_KV_UNVERIFIED = ("gfx1100", "gfx1151")
+
+
+def plan_warnings(
+    best: Candidate, footprint: ModelFootprint, profile: Profile, limits: Limits, budget: Budget
+) -> tuple[str, ...]:
+    """Return what a person should know before starting this plan."""
+    found = [memory_shortage(budget, limits.memory_bytes)]
+    quantization = footprint.quantization
+    if budget.gpus and quantization is not None and quantization.method == "nl4":
+        found.append(
+            "This release has no GPU kernels for NL4 yet. The plan is for kernels that unpack in registers; "
+            "`step128 serve` refuses, since the torch reference unpacks whole weights in memory not counted here."
+        )
+    if budget.gpus and best.kv_cache_dtype == "fp8" and budget.gpus[0].target in _FP8_KV_UNVERIFIED:
+        found.append(
+            f"FP8 KV cache on {budget.gpus[0].target}: the GPU has no FP8 instructions; vLLM does not refuse it, and "
+            "nobody here has verified it. --kv-cache-dtype auto avoids it."
+        )
+    if best.load.max_num_seqs > profile.max_num_seqs and not best.load.enforce_eager:
+        found.append(
+            f"max_num_seqs {best.load.max_num_seqs} is above the profile's {profile.max_num_seqs}, for which the "
+            "graphs' memory was assumed: more graphs will be captured than are counted."
+        )
+    if not best.load.vision and limits.vision is None:
+        found.append("Text only: prompts with images will be refused. --vision keeps them, at the price below.")
+    if footprint.assumed:
+        found.append("No shard was read: sizes follow from config.json and the policy; KV scales are assumed.")
+    return tuple(text for text in found if text)
