@@ -135,21 +135,6 @@ def test_more_memory_than_the_machine_has(
     assert document["error"] == sentence and document["memory"] is None and document["profile"] == "cpu"
 
 
-def test_the_checkpoint_s_chat_template_is_named(
-    make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = make_checkpoint()
-    arguments = ["plan", str(model), *MEMORY, "--json"]
-
-    def argv() -> list[str]:
-        assert cli.main(arguments) == 0
-        return list(json.loads(capsys.readouterr().out)["argv"])
-
-    assert "--chat-template" not in argv()
-    (model / "chat_template.jinja").write_text("{{ messages }}")
-    assert argv()[argv().index("--chat-template") + 1] == str(model / "chat_template.jinja")
-
-
 def test_variables_of_the_user_are_left_alone(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

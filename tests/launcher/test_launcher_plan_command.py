@@ -12,7 +12,6 @@ import pytest
 
 from step128_launcher import cli
 from step128_launcher.commands import plan_json, planned
-from step128_launcher.commands.settings import SETTINGS
 from step128_launcher.errors import ExitCode
 from step128_launcher.model import checkpoint
 
@@ -164,47 +163,18 @@ def test_a_recorded_machine_is_not_mixed_with_this_one(run: Run, monkeypatch: py
     assert "NCCL_P2P_DISABLE=1" in run(str(REAL_MODEL), "--dry-run")[1]
 
 
+def test_the_checkpoint_s_chat_template_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((REAL_MODEL / "config.json").read_text())
+    assert "--chat-template" not in run(str(tmp_path), "--dry-run")[1]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    words = shlex.split(run(str(tmp_path), "--dry-run")[1])
+    assert words[words.index("--chat-template") + 1] == str(tmp_path / "chat_template.jinja")
+
+
 def test_text_only_serves_no_images(run: Run) -> None:
     argv = json.loads(run(str(REAL_MODEL), "--json", "--no-vision")[1])["argv"]
     assert argv[argv.index("--limit-mm-per-prompt") + 1] == '{"image": 0}'
     assert argv[argv.index("--mm-processor-cache-gb") + 1] == "0.0"
-
-
-@pytest.mark.parametrize("machine", ["quad-r9700", "strix-halo-128-gtt120"])
-def test_every_line_and_setting_is_explained(machine: str, run: Run) -> None:
-    narrow = (str(REAL_MODEL), "--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "--kv-cache-dtype", "fp8")
-    document = json.loads(run(*narrow, "--json", machine=machine)[1])
-    for pool in ("memory", "host_memory"):
-        for line in document[pool]["lines"]:
-            code, out, _ = run(*narrow, "--explain", line["name"], machine=machine)
-            assert code == 0 and f"{line['bytes']:,} bytes; {line['evidence']}: " in out, line["name"]
-    for name, value in document["settings"].items():
-        code, out, _ = run(*narrow, "--explain", name.replace("_", "-"), machine=machine)
-        assert code == 0 and f"{name}: {value}\n  {SETTINGS[name]}\n" in out
-    assert "MTP depth 3: the deepest within 10%" in run(str(REAL_MODEL), "--explain", "num_speculative_tokens")[1]
-
-
-def test_an_item_is_named_by_its_start_or_by_whole_words(run: Run) -> None:
-    def titles(item: str) -> list[str]:
-        out = run(str(REAL_MODEL), "--explain", item)[1]
-        return [line.partition(":")[0].partition(" (")[0] for line in out.splitlines() if line[:1] not in ("", " ")]
-
-    assert set(titles("e")) <= {"engine core process", "enable_expert_parallel", "enforce_eager"}
-    assert titles("gpu_memory_utilization") == ["gpu_memory_utilization"]
-    assert titles("max-num")[:2] == ["max_num_seqs", "max_num_batched_tokens"]
-    assert titles("scratch") == ["attention scratch"]
-
-
-@pytest.mark.parametrize("item", ["flux capacitor", "_", "__class__", "memory"])
-def test_an_unknown_item_is_a_usage_error(item: str, run: Run) -> None:
-    code, out, err = run(str(REAL_MODEL), "--explain", item)
-    assert code == ExitCode.USAGE and out == "" and "Memory items: " in err and "max_model_len" in err
-
-
-def test_a_setting_that_a_device_has_not_is_explained(run: Run) -> None:
-    for name in ("attention_backend", "gpu_memory_utilization"):
-        code, out, _ = run(str(REAL_MODEL), "--explain", name, "--profile", "cpu", "--memory", "119GiB")
-        assert code == 0 and f"{name}: not set on this device" in out
 
 
 def test_candidates(run: Run) -> None:

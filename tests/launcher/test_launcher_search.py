@@ -14,13 +14,13 @@ from step128_launcher.model.checkpoint import ModelFootprint
 from step128_launcher.planning.budget import Budget, make_budget
 from step128_launcher.planning.candidates import DIMENSIONS, Candidate, Space, search
 from step128_launcher.planning.choices import make_space
-from step128_launcher.planning.speed_inputs import speed_inputs
 from step128_launcher.planning.kv_cache import KvShape, longest_context
 from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.objective import Judge
 from step128_launcher.planning.plan import OBJECTIVES, DoesNotFitError, Limits, Plan
 from step128_launcher.planning.planner import all_candidates, make_plan
 from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.speed_inputs import speed_inputs
 
 GIB = 2**30
 BOXES = {

@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def starts(plan: Plan, hardware: Hardware, utilization: float) -> bool:
-    """vLLM's request_memory (v1/worker/utils.py): what is free once runtime and collectives exist must hold the share."""
+    """vLLM's request_memory (v1/worker/utils.py): what is free beside runtime and collectives must hold the share."""
     host = plan.host_memory
     free = min(device_memory(hardware, gpu).free_bytes for gpu in hardware.gpus) - plan.expected.non_torch_bytes
     if host is not None and any(line.name == "model and KV cache" for line in host.lines):

@@ -97,7 +97,7 @@ def server(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         yield running
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_a_killed_worker_is_replaced_and_answers(server: Server, measured: Callable[[str], None]) -> None:
     log = server.state / "vllm.log"
     worker = re.search(r"\(Worker(?:_\w+)? pid=(\d+)\)", log.read_text())
@@ -120,7 +120,7 @@ def test_a_killed_worker_is_replaced_and_answers(server: Server, measured: Calla
     assert log.with_name("vllm.log.1").exists()
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_plan_against_reality(server: Server) -> None:
     metrics = server.get(server.metrics_url)[1]
     for item in ("num_gpu_blocks", "kv_cache_size_tokens", "kv_cache_max_concurrency"):
@@ -135,7 +135,7 @@ def model_name(server: Server) -> str:
     return str(json.loads((server.state / "status.json").read_text())["served_model_name"])
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_a_stream_is_finished_on_sigterm(server: Server) -> None:  # the last one: it ends the module's server
     children = descendants(server.process.pid)
     request = {"model": model_name(server), "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
@@ -153,7 +153,7 @@ def test_a_stream_is_finished_on_sigterm(server: Server) -> None:  # the last on
     assert not alive(children) and state_name(server.state) == "stopped"
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_sigterm_while_it_loads(
     quantized: Callable[..., Path], tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
@@ -168,7 +168,7 @@ def test_sigterm_while_it_loads(
         assert len(children) >= 2 and not alive(children) and loading.state_name() == "stopped"
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_a_launcher_killed_while_vllm_loads_takes_it_along(quantized: Callable[..., Path], tmp_path: Path) -> None:
     with start(quantized(), tmp_path) as loading:
         loading.wait_for(lambda: LOADING in loading.log())
@@ -182,7 +182,7 @@ def test_a_launcher_killed_while_vllm_loads_takes_it_along(quantized: Callable[.
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_port_taken_while_it_loads(quantized: Callable[..., Path], tmp_path: Path) -> None:
     """Taken after the launcher looked, and before vLLM opens it."""
     with start(quantized(), tmp_path) as loading, socket.socket() as taken:
@@ -194,7 +194,7 @@ def test_port_taken_while_it_loads(quantized: Callable[..., Path], tmp_path: Pat
     assert f"Port {loading.port} on 127.0.0.1 is in use" in text and "Traceback" not in text
 
 
-@pytest.mark.serve
+@pytest.mark.proof
 def test_too_little_memory_for_the_first_plan(
     quantized: Callable[..., Path],
     tmp_path: Path,

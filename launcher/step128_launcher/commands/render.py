@@ -44,12 +44,13 @@ def print_plan(console: Console, plan: Plan, footprint: ModelFootprint, hardware
     print_rejected(console, plan.rejected)
     for wish in plan.wish:
         _say(console, f"TRY      {wish}")
-    requests, free = plan.prediction.kv_cache_max_concurrency, format_bytes(plan.memory.free_bytes)
+    requests, tightest = plan.prediction.kv_cache_max_concurrency, plan.binding_memory
     _say(
         console,
         f"RESULT   fits: context {plan.max_model_len}, MTP {plan.num_speculative_tokens}, KV {plan.kv_cache_dtype}, "
         f"{plan.dtype}, tensor parallel {plan.tensor_parallel_size}, {'images' if plan.vision else 'text only'}; "
-        f"{requests:.1f} requests of full length, {free} of the budget free",
+        f"{requests:.1f} requests of full length, {format_bytes(tightest.free_bytes)} of the budget free "
+        f"({tightest.where})",
     )
 
 

@@ -25,7 +25,7 @@ from step128_launcher.errors import LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.checkpoint import read_footprint
 from step128_launcher.model.quantization import read_format
-from step128_launcher.planning.profiles import Profile, choose_profile, load_profile, profile_files, user_profiles_dir
+from step128_launcher.planning.profiles import Profile, choose_profile, load_profile, load_profiles, user_profiles_dir
 
 __all__ = [
     "FAIL",
@@ -130,8 +130,7 @@ def _read_profile(
     user_dir = user_profiles_dir(environment)
     try:
         if not name or name == "auto":
-            names = profile_files(configs_dir, user_dir)
-            name = choose_profile({one: load_profile(configs_dir, one, user_dir) for one in names}, hardware)
+            name = choose_profile(load_profiles(configs_dir, user_dir)[0], hardware)
         profile = load_profile(configs_dir, name, user_dir)
     except LauncherError as error:
         return None, failed("profile", error.message, error.hint)
