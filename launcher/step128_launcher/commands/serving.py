@@ -11,7 +11,10 @@ from step128_launcher.command import check_plugin_allowed, environment_changes, 
 from step128_launcher.commands.calibrate import calibration_document
 from step128_launcher.commands.plan_json import plan_document
 from step128_launcher.commands.planned import Planned, make_planned, state_dir
+from step128_launcher.commands.preconditions import check_machine
 from step128_launcher.commands.render import print_command, print_plan
+from step128_launcher.configs_dir import find_configs_dir
+from step128_launcher.doctor import run_doctor
 from step128_launcher.errors import CheckpointError, ExitCode, LauncherError
 from step128_launcher.files import make_private_folder
 from step128_launcher.planning.plan import Plan
@@ -75,6 +78,16 @@ def _serve(options: argparse.Namespace, status: ServerStatus, progress: Progress
     check_plugin_allowed(os.environ)
     planned = make_planned(options, with_fallbacks=True)
     _check_servable(options, planned)
+    if planned.plan.device != "cpu":
+        findings = run_doctor(
+            planned.hardware,
+            planned.profile.name,
+            os.environ,
+            configs_dir=find_configs_dir(),
+            model=None,
+            all_reduce=False,
+        )
+        check_machine(findings, progress.say)
     folder = state_dir(options)
     print_plan(consoles.stderr(), planned.plan, planned.footprint, planned.hardware)
     make_private_folder(folder)
