@@ -39,18 +39,21 @@ class LauncherError(Exception):
         exit_code: the status the process ends with.
         message: what was found and what was needed.
         hint: what to do next; empty if the message says it.
+        public: the message without quoted log lines, which may hold a request's text, for /health, which anyone may
+            read; empty if the message quotes none.
 
     """
 
-    def __init__(self, exit_code: ExitCode, message: str, hint: str = "") -> None:
+    def __init__(self, exit_code: ExitCode, message: str, hint: str = "", public: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.message = message
         self.hint = hint
+        self.public = public or message
 
 
 class CheckpointError(LauncherError):
     """A checkpoint that cannot be served; the message names the file and, where there is one, the tensor."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(ExitCode.BAD_CHECKPOINT, message, hint)
+    def __init__(self, message: str, hint: str = "", public: str = "") -> None:
+        super().__init__(ExitCode.BAD_CHECKPOINT, message, hint, public)

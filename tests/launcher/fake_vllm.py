@@ -3,8 +3,10 @@
 Usage: fake_vllm.py SPEC MAX_MODEL_LEN. SPEC is a JSON file with port, modes (one a start, the last for all later ones),
 starts_file (where the starts are counted), reports (file name -> document), metrics and model.
 
-Modes: ok; die (at the start); refuse (the plugin's complaint); memory (torch's complaint); killed; late_port (address
-in use); never (no /health); slow (loads with progress lines); die_later; die_talking (dies later, after lines that
+Modes: ok; die (at the start); refuse (the plugin's complaint); memory (torch's complaint); memory_before (the same, but
+it dies of something else); killed; core_killed (the engine's process was); late_port (address in use), other_port (the
+same, of a port that is not named); cut_metrics (the first answer is cut short), die_verified (dies when it is asked for
+its metrics); never (no /health); slow (loads with progress lines); die_later; die_talking (dies later, after lines that
 would mean something else during the start); killed_later; sick (no /health once it was verified), sick_busy (besides
 spins), sick_working (besides goes on generating); stubborn (ignores SIGTERM); stream (/stream answers for a second, and
 SIGTERM waits for it).
@@ -39,7 +41,14 @@ DEATHS = {
     "memory": """(Worker_TP2 pid=8) ERROR 11-23 16:30:00 [multiproc_executor.py:9] torch.OutOfMemoryError: \
 HIP out of memory. Tried to allocate 1.17 GiB. GPU 2 has a total capacity of 31.86 GiB of which 0.90 GiB is free.
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.""",
-    "late_port": "OSError: [Errno 98] Address already in use",
+    "memory_before": """(Worker pid=8) WARNING 11-23 16:30:00 [a.py:9] torch.OutOfMemoryError: HIP out of memory.
+torch.OutOfMemoryError: HIP out of memory. Tried to allocate 1.17 GiB.
+(EngineCore pid=7) ERROR 11-23 16:30:00 [core.py:42] AssertionError: the real cause""",
+    "core_killed": "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above. "
+    "Failed core proc(s): {'EngineCore': -9}",
+    "late_port": f"OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', {spec['port']}): "
+    "address already in use",
+    "other_port": "OSError: [Errno 98] Address already in use",
 }
 if mode in DEATHS:
     print(DEATHS[mode], flush=True)
@@ -58,7 +67,7 @@ for name, document in spec["reports"].items():
     (Path(os.environ["STEP128_LOAD_REPORT_DIR"]) / name).write_text(json.dumps(document))
 
 
-verified = threading.Event()
+verified, cut = threading.Event(), threading.Event()
 streams = threading.Semaphore(0)
 tokens = 0
 
@@ -79,6 +88,12 @@ class Handler(BaseHTTPRequestHandler):
         sick = mode.startswith("sick") and self.path == "/health" and verified.is_set()
         ready = mode != "never" and not sick and (allowed or self.path != "/v1/models")
         self.send_response(200 if self.path in bodies and ready else 503)
+        if self.path == "/metrics" and mode == "die_verified":
+            print("ValueError: broken while verified", flush=True)
+            os._exit(3)
+        if self.path == "/metrics" and mode == "cut_metrics" and not cut.is_set():
+            cut.set()
+            self.send_header("Content-Length", "1000000")
         self.end_headers()
         self.wfile.write(bodies.get(self.path, "").encode())
         if self.path == "/v1/models":

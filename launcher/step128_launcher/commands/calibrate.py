@@ -5,6 +5,7 @@ or None), port (of the default state folder), json (bool).
 """
 
 import argparse
+import http.client
 import json
 import re
 import urllib.request
@@ -31,6 +32,7 @@ from step128_launcher.supervisor.state_files import PLAN
 
 _VERSION = re.compile(r"\bversion (\d+\.\d+\S*)|LLM engine \(v(\S+?)\)")
 _METRICS_SECONDS = 10.0
+_FINISHED = "Application startup complete"  # the last line of a start (uvicorn)
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ def calibrate(document: Mapping[str, Any], reality: Reality, version: str, sourc
     """Compare a plan document with what was measured; pure.
 
     Raises:
-        ValueError, KeyError, TypeError: the document has no usable "calibration".
+        ValueError, KeyError, TypeError, OverflowError: the document has no usable "calibration".
 
     """
     calibration = document["calibration"]
     known = {item.name for item in ITEMS}
-    planned = {str(name): float(value) for name, value in calibration["planned"].items() if name in known}
+    figures = calibration["planned"]
+    if not isinstance(figures, dict):
+        raise TypeError(f"planned: {figures!r}")
+    planned = {str(name): float(value) for name, value in figures.items() if name in known}
     measurement = Measurement(
         settings=parse_settings(calibration["settings"]),
         weights_bytes=reality.weights_bytes,
@@ -111,14 +116,17 @@ def run_calibrate(options: argparse.Namespace, state_dir: Path, folder: Path | N
     version = next((one or two for one, two in _VERSION.findall(text)), "unknown")
     try:
         result = calibrate(document, reality, version, str(log), datetime.now(UTC).date().isoformat())
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         message = f"{plan} holds no plan of this version of the launcher: {error!r}."
         raise LauncherError(ExitCode.BAD_CHECKPOINT, message, "Start the server with `step128 serve` again.") from error
-    if reality == Reality():
+    # A start that failed reports some figures too, and they would replace all of an earlier one.
+    finished = isinstance(document.get("reality"), dict) if options.log is None else _FINISHED in text
+    if not finished or reality == Reality():
         raise LauncherError(
             ExitCode.BAD_CHECKPOINT,
             f"{log} reports no finished start of vLLM, so there is nothing to calibrate with.",
-            "Wait until the server is ready, or name the log of one that was: --log FILE --plan FILE.",
+            "Wait until `step128 status` says ready and calibrate again, or name the whole log of a start that was "
+            f'ready (it says "{_FINISHED}") and its plan: --log FILE --plan FILE.',
         )
     stored = None if result.measurement.is_empty else save(result.measurement, result.machine, folder)
     _print(result, stored, options.json)
@@ -158,7 +166,7 @@ def _merge(kept: Mapping[str, Any], read: Reality) -> Reality:
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LauncherError(ExitCode.BAD_CHECKPOINT, f"{path} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):
         raise LauncherError(ExitCode.BAD_CHECKPOINT, f"{path} holds no plan.")
@@ -173,8 +181,8 @@ def _read_metrics(source: str) -> str:
     try:
         with opener.open(source, timeout=_METRICS_SECONDS) as response:
             text: str = response.read().decode("utf-8", errors="replace")
-    except (OSError, ValueError) as error:
-        raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"{source} cannot be read: {error}.") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"{source} cannot be read: {error!r}.") from error
     return text
 
 

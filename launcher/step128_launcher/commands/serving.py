@@ -24,6 +24,7 @@ from step128_launcher.supervisor.lock import hold_lock
 from step128_launcher.supervisor.progress import Progress
 from step128_launcher.supervisor.serve import Supervisor
 from step128_launcher.supervisor.service import run_service
+from step128_launcher.supervisor.signals import StopSignals
 from step128_launcher.supervisor.status import ServerStatus
 
 _SERVED_METHODS = ("nl4",)
@@ -50,7 +51,7 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
         print_dry_run(options, planned)
         return ExitCode.OK
     service = _is_service(options)
-    status, progress = ServerStatus(), Progress(consoles.stderr())
+    status, progress, stop = ServerStatus(), Progress(consoles.stderr()), StopSignals()
 
     def work() -> ExitCode:
         # The port opens before there is a plan: what goes wrong while planning is to be seen there too.
@@ -58,10 +59,13 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
             if options.metrics_port:
                 exporter = Exporter(status, options.metrics_host, options.metrics_port)
                 stack.callback(exporter.close)
-            return run_service(lambda: _serve(options, status, progress), status, progress.say, service)
+            return run_service(
+                lambda: _serve(options, status, progress, stop, service), status, progress.say, stop, service
+            )
 
-    # A metrics port that cannot be opened is held like the rest, though nobody can ask it.
-    return run_service(work, status, progress.say, service)
+    with stop:
+        # A metrics port that cannot be opened is held like the rest, though nobody can ask it.
+        return run_service(work, status, progress.say, stop, service)
 
 
 def _is_service(options: argparse.Namespace) -> bool:
@@ -74,10 +78,14 @@ def _is_service(options: argparse.Namespace) -> bool:
     return service
 
 
-def _serve(options: argparse.Namespace, status: ServerStatus, progress: Progress) -> ExitCode:
+def _serve(
+    options: argparse.Namespace, status: ServerStatus, progress: Progress, stop: StopSignals, service: bool
+) -> ExitCode:
     check_plugin_allowed(os.environ)
     planned = make_planned(options, with_fallbacks=True)
     _check_servable(options, planned)
+    if stop:
+        return ExitCode.OK
     if planned.plan.device != "cpu":
         findings = run_doctor(
             planned.hardware,
@@ -88,11 +96,13 @@ def _serve(options: argparse.Namespace, status: ServerStatus, progress: Progress
             all_reduce=False,
         )
         check_machine(findings, progress.say)
+    if stop:
+        return ExitCode.OK
     folder = state_dir(options)
     print_plan(consoles.stderr(), planned.plan, planned.footprint, planned.hardware)
     make_private_folder(folder)
     with hold_lock(folder):
-        return _run(options, planned, folder, status, progress)
+        return _run(options, planned, folder, status, progress, stop, service)
 
 
 def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
@@ -113,7 +123,13 @@ def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
 
 
 def _run(
-    options: argparse.Namespace, planned: Planned, folder: Path, status: ServerStatus, progress: Progress
+    options: argparse.Namespace,
+    planned: Planned,
+    folder: Path,
+    status: ServerStatus,
+    progress: Progress,
+    stop: StopSignals,
+    service: bool,
 ) -> ExitCode:
     server = planned.server
     api_key = find_api_key(options.api_key_file, os.environ, folder)
@@ -134,6 +150,9 @@ def _run(
         )
 
     patience = Patience(
-        max_step_downs=options.max_step_downs, max_restarts=options.max_restarts, hang_seconds=options.hang_seconds
+        max_step_downs=options.max_step_downs,
+        max_restarts=options.max_restarts,
+        hang_seconds=options.hang_seconds,
+        service=service,
     )
-    return Supervisor(make_job, planned.plan, status, progress, patience).run()
+    return Supervisor(make_job, planned.plan, status, progress, stop, patience).run()

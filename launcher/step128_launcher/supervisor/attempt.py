@@ -11,9 +11,9 @@ from step128_launcher.supervisor.failures import Reason, ServerFailedError, ende
 from step128_launcher.supervisor.hang_guard import HangGuard
 from step128_launcher.supervisor.health import HealthWatch
 from step128_launcher.supervisor.job import Job, Patience
-from step128_launcher.supervisor.load_report import read_load_reports
 from step128_launcher.supervisor.loading import LoadMeter, shard_sizes
 from step128_launcher.supervisor.log_cap import cap_log
+from step128_launcher.supervisor.observing import observe
 from step128_launcher.supervisor.out_of_memory import killed_for_memory
 from step128_launcher.supervisor.process import ProcessGroup
 from step128_launcher.supervisor.procfs import oom_kills
@@ -22,7 +22,7 @@ from step128_launcher.supervisor.reality import Reality, read_reality
 from step128_launcher.supervisor.signals import StopSignals
 from step128_launcher.supervisor.state_files import StateFiles
 from step128_launcher.supervisor.status import ServerStatus, State
-from step128_launcher.supervisor.verify import Observation, Outcome, failed, verify
+from step128_launcher.supervisor.verify import Outcome, failed, verify
 from step128_launcher.supervisor.vllm_log import LogFollower, phase_of
 
 _POLL_SECONDS = 0.1
@@ -35,11 +35,15 @@ _LOADING_GRACE_SECONDS = 2.0
 
 
 class Attempt:
-    """A context that ends the server with the block; `run` is called once in it, from the main thread."""
+    """A context that ends the server with the block; `run` is called once in it, from the main thread.
+
+    The `first` start needs a state folder that can be written; at a restart that would only end what may be saved.
+    """
 
     def __init__(
-        self, job: Job, status: ServerStatus, progress: Progress, stop: StopSignals, patience: Patience
+        self, job: Job, status: ServerStatus, progress: Progress, stop: StopSignals, patience: Patience, first: bool
     ) -> None:
+        self._first = first
         self._job, self._status, self._progress, self._stop, self._patience = job, status, progress, stop, patience
         self._files = StateFiles(job, status, progress)
         self._client = ServerClient(job.server.base_url, job.api_key)
@@ -48,6 +52,7 @@ class Attempt:
         self._process: ProcessGroup | None = None
         self._ready_at: float | None = None
         self._healthy_at = 0.0
+        self.survivors: list[int] = []
 
     def __enter__(self) -> Self:
         return self
@@ -56,7 +61,9 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process is not None:
-            self._process.kill()
+            self.survivors = self._process.kill()
+        if self.survivors:
+            self._progress.say(f"warning: these processes of vLLM could not be killed: {self.survivors}.")
 
     @property
     def was_ready(self) -> bool:
@@ -73,18 +80,18 @@ class Attempt:
 
         Raises:
             ServerFailedError: the server ended, or was given up, for a reason that may pass.
-            LauncherError: 65, 70 or 75: only a person can help. 5 or 73: the state folder cannot be written.
+            LauncherError: 65 or 70: only a person can help. 5 or 73: the state folder cannot be written.
 
         """
         drain_seconds = self._job.server.shutdown_timeout_seconds + _EXIT_GRACE_SECONDS
         self._status.enter(State.STARTING)
-        self._files.write_status(required=True)
+        self._files.write_status(required=self._first)
         self._files.write_plan()
         self._process = ProcessGroup(self._job.argv, self._job.environment, self._job.log, drain_seconds)
         if not self._await_health(self._process):
             self._drain(self._process, _LOADING_GRACE_SECONDS)
             return
-        if self._verify():
+        if self._verify(self._process):
             self._status.enter(State.READY)
             self._ready_at = self._healthy_at = time.monotonic()
             self._files.write_status(vllm_pid=self._process.pid)
@@ -96,15 +103,12 @@ class Attempt:
         """Wait until /health answers; False if a signal came first."""
         deadline = time.monotonic() + self._job.start_timeout_seconds
         lines = LogFollower(self._job.log)
+        readable = True
         meter = LoadMeter(process.members, shard_sizes(self._job.footprint.path))
         self._progress.phase("starting vLLM")
         while not self._stop:
-            for line in [*lines.new_lines(), lines.pending]:
-                phase = phase_of(line)
-                if phase:
-                    self._progress.phase(phase)
-                if meter.read(line):
-                    self._show_loading(meter)
+            if readable:
+                readable = self._follow(lines, meter)
             self._show_loading(meter)
             self._require_alive(process, "ended before it was ready")
             if self._client.healthy():
@@ -113,6 +117,21 @@ class Attempt:
                 raise self._not_ready(process)
             time.sleep(_POLL_SECONDS)
         return False
+
+    def _follow(self, lines: LogFollower, meter: LoadMeter) -> bool:
+        """Show what the new lines of the log tell; False if it cannot be read, which only the display needs."""
+        try:
+            new = [*lines.new_lines(), lines.pending]
+        except OSError as error:
+            self._progress.say(f"warning: {self._job.log} cannot be read: {error.strerror}.")
+            return False
+        for line in new:
+            phase = phase_of(line)
+            if phase:
+                self._progress.phase(phase)
+            if meter.read(line):
+                self._show_loading(meter)
+        return True
 
     def _not_ready(self, process: ProcessGroup) -> ServerFailedError:
         """Return the error for a start that takes too long, with what the server does: it may hang in a collective."""
@@ -128,22 +147,15 @@ class Attempt:
         if loaded is not None:
             self._progress.loading(loaded)
 
-    def _verify(self) -> bool:
+    def _verify(self, process: ProcessGroup) -> bool:
         """Compare what runs with what was planned; False if a signal came first."""
         self._status.enter(State.VERIFYING)
         self._files.write_status()
         self._progress.phase("verifying")
-        reports, problems = read_load_reports(self._job.server.load_report_dir)
-        try:
-            seen = Observation(reports, problems, self._client.metrics(), self._client.model())
-        except (OSError, ValueError) as error:
-            if self._stop:
-                return False
-            if self._process is not None:
-                self._require_alive(self._process, "died while it was being verified")
-            raise LauncherError(
-                ExitCode.VERIFICATION_FAILED, f"The server's /metrics or /v1/models cannot be read: {error}."
-            ) from error
+        died = "died while it was being verified"
+        seen = observe(self._job, self._client, self._stop, lambda: self._require_alive(process, died))
+        if seen is None:
+            return False
         checks = verify(self._job.plan, self._job.footprint, self._job.server.served_model_name, seen)
         self._status.verified(checks)
         for check in checks:
@@ -182,6 +194,9 @@ class Attempt:
         cap_log_at = time.monotonic() + _CAP_LOG_EVERY_SECONDS
         with HealthWatch(self._client, self._status) as health:
             while not self._stop:
+                if health.healthy_at > self._healthy_at:
+                    # What the kernel killed before the server was seen healthy was none of it.
+                    self._oom_kills = oom_kills(self._proc)
                 self._healthy_at = health.healthy_at
                 self._require_alive(process, "died while serving")
                 news, now = health.news(), time.monotonic()

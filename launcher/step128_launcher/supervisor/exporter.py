@@ -68,15 +68,20 @@ class Exporter:
 
 
 def health_document(now: Snapshot) -> dict[str, str | int]:
-    """Return the body of /health: the state, and after a failure why, what to do, and the exit code it stands for."""
+    """Return the body of /health: the state, and after a failure why, what to do, and the exit code it stands for.
+
+    It quotes no line of vLLM's log: this port asks for no key, and a line may hold a request's text.
+    """
     if now.failure is not None:
         failure = now.failure
         return {
             "state": now.state.value,
-            "reason": failure.reason,
+            "reason": failure.public,
             "hint": failure.hint,
             "exit_code": failure.exit_code,
         }
+    if now.last_failure is not None:  # it is being started again, or will be in a moment
+        return {"state": now.state.value, "reason": now.last_failure.public, "hint": now.last_failure.hint}
     if now.failed_probes:
         activity = f"; it is {now.hung.meaning}" if now.hung else ""
         return {"state": now.state.value, "reason": f"vLLM missed {now.failed_probes} health checks{activity}"}

@@ -39,8 +39,8 @@ class Patience:
 
     `max_step_downs` leaner plans after an out-of-memory at start. `max_restarts` without `healthy_seconds` of health
     between them, after pauses that double from `first_pause_seconds` to `longest_pause_seconds`. A server that does not
-    answer /health and gets nothing done for `hang_seconds` is ended and started again. `root` is where /proc and /sys
-    are.
+    answer /health and gets nothing done for `hang_seconds` is ended and started again. A `service` has nobody beside
+    it: it is also restarted when it was never ready, and a busy port is waited for. `root` is where /proc and /sys are.
     """
 
     max_step_downs: int = 3
@@ -49,4 +49,5 @@ class Patience:
     first_pause_seconds: float = 1.0
     longest_pause_seconds: float = 60.0
     hang_seconds: float = 300.0
+    service: bool = False
     root: Path = Path("/")

@@ -41,8 +41,11 @@ class Loaded:
 
 def shard_sizes(folder: Path) -> tuple[int, ...]:
     """Return the sizes of a checkpoint's shards in bytes, in vLLM's order (numbers in names by their value)."""
-    files = sorted(folder.glob("*" + _SUFFIX), key=lambda path: _natural(path.name))
-    return tuple(file.stat().st_size for file in files)
+    try:
+        files = sorted(folder.glob("*" + _SUFFIX), key=lambda path: _natural(path.name))
+        return tuple(file.stat().st_size for file in files)
+    except OSError:  # moved away or not readable: vLLM itself will say so, and only the bar lacks it
+        return ()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -7,6 +7,11 @@ from pathlib import Path
 MAXIMUM_BYTES = 64 * 2**20
 
 
+def old_part(log: Path) -> Path:
+    """Return where the part of `log` goes that is cut off."""
+    return log.with_name(log.name + ".old")
+
+
 def cap_log(log: Path, maximum_bytes: int = MAXIMUM_BYTES) -> bool:
     """Copy a log that has grown beyond `maximum_bytes` to `log`.old and empty it; return whether that was done.
 
@@ -20,7 +25,7 @@ def cap_log(log: Path, maximum_bytes: int = MAXIMUM_BYTES) -> bool:
     """
     if not log.exists() or log.stat().st_size <= maximum_bytes:
         return False
-    old = log.with_name(log.name + ".old")
+    old = old_part(log)
     partial = old.with_name(old.name + ".partial")
     try:
         shutil.copyfile(log, partial)
@@ -35,11 +40,18 @@ def cap_log(log: Path, maximum_bytes: int = MAXIMUM_BYTES) -> bool:
 def keep_earlier_logs(log: Path, keep: int) -> None:
     """Rename `log` to `log`.1, `log`.1 to `log`.2 and so on up to `keep`, so that the next start finds no log.
 
+    An old part goes with its log, to `log`.1.old, and ends with the next start: five of them would take too much.
+
     Raises:
         OSError: the folder cannot be written.
 
     """
+    newest = log.with_name(f"{log.name}.1")
+    old_part(newest).unlink(missing_ok=True)
     for number in range(keep - 1, -1, -1):
         source = log.with_name(f"{log.name}.{number}") if number else log
         if source.exists():
             source.replace(log.with_name(f"{log.name}.{number + 1}"))
+    if newest.exists() and old_part(log).exists():
+        old_part(log).replace(old_part(newest))
+    old_part(log).unlink(missing_ok=True)

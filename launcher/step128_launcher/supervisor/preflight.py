@@ -3,12 +3,16 @@
 import errno
 import shutil
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.files import cannot_write, make_private_folder
 from step128_launcher.supervisor.log_cap import keep_earlier_logs
+from step128_launcher.supervisor.signals import StopSignals
 
+_POLL_SECONDS = 0.1
 _LOGS_KEPT = 5  # a start that stepped down three times, and the run before
 
 
@@ -32,6 +36,27 @@ def check_port_free(host: str, port: int) -> None:
             raise port_in_use(host, port) from error
         code = ExitCode.PERMISSION if error.errno == errno.EACCES else ExitCode.BAD_CONFIGURATION
         raise LauncherError(code, f"Port {port} on {host} cannot be opened: {error.strerror}.") from error
+
+
+def await_port_free(host: str, port: int, seconds: float, stop: StopSignals, say: Callable[[str], None]) -> None:
+    """Do as check_port_free, but let a port become free within `seconds`; a signal ends that.
+
+    Raises:
+        LauncherError: as check_port_free.
+
+    """
+    deadline, said = time.monotonic() + seconds, False
+    while not stop:
+        try:
+            check_port_free(host, port)
+            return
+        except LauncherError as error:
+            if error.exit_code is not ExitCode.PORT_IN_USE or time.monotonic() >= deadline:
+                raise
+        if not said:
+            said = True
+            say(f"Port {port} on {host} is in use: waiting at most {seconds:.0f} s for it.")
+        time.sleep(_POLL_SECONDS)
 
 
 def port_in_use(host: str, port: int) -> LauncherError:

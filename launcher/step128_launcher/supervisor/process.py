@@ -79,14 +79,16 @@ class ProcessGroup:
             return False
         return True
 
-    def kill(self) -> None:
-        """Kill whatever is left of the group and wait until it is empty.
+    def kill(self) -> list[int]:
+        """Kill whatever is left of the group and wait until it is empty; return the processes that did not end.
 
+        A process that waits in the kernel, for a driver say, does not end when it is killed, and keeps what it holds.
         Python's resource tracker is spared for a moment: it ends by itself once its clients are gone, and only it
         removes the shared memory they leave in /dev/shm.
         """
         self._kill_members(spare_trackers=True, seconds=_TRACKER_WAIT_SECONDS)
         self._kill_members(spare_trackers=False, seconds=_KILL_WAIT_SECONDS)
+        return self.members()
 
     def _kill_members(self, spare_trackers: bool, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -10,7 +10,8 @@ _ASK_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 class StopSignals:
     """While entered, counts SIGTERM, SIGINT, SIGQUIT, and SIGHUP where that is not ignored (nohup).
 
-    It is entered from the main thread, which alone may handle signals.
+    It is entered from the main thread, which alone may handle signals, once for the whole run: between two of them a
+    signal would be lost to a container's process 1, whose default action is none.
     """
 
     def __init__(self) -> None:

@@ -15,6 +15,7 @@ from step128_launcher.supervisor.reality import Reality
 from step128_launcher.supervisor.status import ServerStatus
 
 STATUS, PLAN = "status.json", "plan.json"
+_FAILURE = ("exit_code", "reason", "hint")
 
 
 class StateFiles:
@@ -48,7 +49,8 @@ class StateFiles:
             "max_model_len": self._job.plan.max_model_len,
             "restarts": dict(now.restarts),
             "step_downs": now.step_downs,
-            "failure": asdict(now.failure) if now.failure else None,
+            # The folder is private, so here the reason may quote the log, as it does on stderr.
+            "failure": {name: asdict(now.failure)[name] for name in _FAILURE} if now.failure else None,
         }
         self._write(STATUS, document, required)
 

@@ -31,11 +31,15 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a person must cure, and the exit status that stands for it."""
+    """What a person must cure, and the exit status that stands for it.
+
+    `reason` may quote vLLM's log, and so a request's text; `public` says the same without (LauncherError).
+    """
 
     exit_code: int
     reason: str
     hint: str
+    public: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Snapshot:
     """One consistent view; `plan` is None before there is one, `start_seconds` until the server is ready.
 
     `failed_probes` counts the requests to /health that failed since the last that did not; `hung` tells what the server
-    does while it does not answer. `restarts` is reason -> count.
+    does while it does not answer. `restarts` is reason -> count; `last_failure` is why it was restarted, until it is
+    ready again; `failure` why it was given up.
     """
 
     state: State = State.PLANNED
@@ -56,6 +61,7 @@ class Snapshot:
     restarts: Mapping[str, int] = field(default_factory=dict)
     step_downs: int = 0
     failure: Failure | None = None
+    last_failure: Failure | None = None
 
     @property
     def healthy(self) -> bool:
@@ -77,14 +83,18 @@ class ServerStatus:
             return self._now
 
     def enter(self, state: State) -> None:
-        """Move to `state`; the time from starting to ready is kept."""
+        """Move to `state`; what held for a server that was ready holds no longer."""
         with self._lock:
-            self._now = replace(self._now, state=state)
+            self._now = replace(self._now, state=state, failed_probes=0, hung=None)
+            if state not in (State.DRAINING, State.STOPPED):  # which keep what the run was
+                self._now = replace(self._now, start_seconds=None)
             if state is State.STARTING:
                 self._started_at = time.monotonic()
-                self._now = replace(self._now, failed_probes=0, hung=None, checks=(), comparison=())
-            if state is State.READY and self._started_at is not None:
-                self._now = replace(self._now, start_seconds=time.monotonic() - self._started_at)
+                self._now = replace(self._now, checks=(), comparison=())
+            if state is State.READY:
+                self._now = replace(self._now, last_failure=None)
+                if self._started_at is not None:
+                    self._now = replace(self._now, start_seconds=time.monotonic() - self._started_at)
 
     def planned(self, plan: Plan) -> None:
         """Keep the plan that is tried now."""
@@ -113,20 +123,26 @@ class ServerStatus:
         with self._lock:
             self._now = replace(self._now, hung=activity)
 
-    def restarted(self, reason: str) -> None:
-        """Count a restart."""
+    def restarted(self, reason: str, error: LauncherError) -> None:
+        """Count a restart, and keep why it is needed."""
         with self._lock:
             counts = dict(self._now.restarts)
             counts[reason] = counts.get(reason, 0) + 1
-            self._now = replace(self._now, restarts=counts)
+            self._now = replace(self._now, restarts=counts, last_failure=_failure(error))
 
-    def stepped_down(self) -> None:
-        """Count a step to a leaner plan."""
+    def stepped_down(self, error: LauncherError) -> None:
+        """Count a step to a leaner plan, and keep why it is needed."""
         with self._lock:
-            self._now = replace(self._now, step_downs=self._now.step_downs + 1)
+            self._now = replace(self._now, step_downs=self._now.step_downs + 1, last_failure=_failure(error))
 
     def failed(self, error: LauncherError) -> None:
         """End in failure, for a reason that is kept."""
-        failure = Failure(int(error.exit_code), error.message, error.hint)
+        failure = _failure(error)
         with self._lock:
-            self._now = replace(self._now, state=State.FAILED, failure=failure)
+            self._now = replace(
+                self._now, state=State.FAILED, failure=failure, failed_probes=0, hung=None, start_seconds=None
+            )
+
+
+def _failure(error: LauncherError) -> Failure:
+    return Failure(int(error.exit_code), error.message, error.hint, error.public)

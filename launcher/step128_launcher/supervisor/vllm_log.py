@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from step128_launcher.supervisor.log_cap import old_part
+
 # Log text of vLLM 0.32 -> what it means to someone waiting.
 _PHASES = (
     ("Application startup complete", "answering"),
@@ -43,6 +45,11 @@ _REMEDIES = (
     ("libc10_cuda.so: cannot open", "Repair the environment: python -m step128_kernels.cpu_environment"),
 )
 _TAIL_BYTES = 2_000_000
+# A log shorter than this may have been cut a moment ago (log_cap.py): what matters then ends its old part.
+_SHORT_BYTES = 64 * 1024
+# Where a server that had been serving tells why it died; before that stands what its requests were refused for.
+RECENT_LINES = 200
+_WIDER = 10
 
 
 def phase_of(line: str) -> str | None:
@@ -52,13 +59,22 @@ def phase_of(line: str) -> str | None:
 
 def read_tail(path: Path) -> list[str]:
     """Return the log's last lines without colours and vLLM's prefixes; empty if there is no log."""
+    data = _last_bytes(path, _TAIL_BYTES)
+    if data is None:
+        return []
+    if len(data) < _SHORT_BYTES:  # the old part moves on with its log at each start, so it is this start's
+        data = (_last_bytes(old_part(path), _TAIL_BYTES - len(data)) or b"") + data
+    text = data.decode("utf-8", errors="replace")
+    return [_PREFIX.sub("", ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+
+
+def _last_bytes(path: Path, number: int) -> bytes | None:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
+            file.seek(max(0, path.stat().st_size - number))
+            return file.read()
     except OSError:
-        return []
-    return [_PREFIX.sub("", ANSI.sub("", line)).rstrip() for line in text.splitlines()]
+        return None
 
 
 def plugin_error(lines: list[str]) -> str | None:
@@ -70,16 +86,32 @@ def plugin_error(lines: list[str]) -> str | None:
     return None
 
 
-def cause(lines: list[str]) -> list[str]:
-    """Return the lines that say why vLLM died: the last exception that is no mere consequence, else the last lines."""
-    reasons = [index for index, line in enumerate(lines) if _EXCEPTION.match(line) or _DEAD_WORKER in line]
-    roots = [index for index in reasons if not any(text in lines[index] for text in _CONSEQUENCES)]
+def cause(lines: list[str], recent_lines: int | None = None) -> list[str]:
+    """Return the lines that say why vLLM died: the last exception that is no mere consequence, else the last lines.
+
+    For a server that had been ready only its last `recent_lines` (RECENT_LINES) count: an older exception is a request
+    that was refused. Where they hold nothing but consequences, one for each request that was running, the cause is
+    looked for in ten times as many.
+    """
+    if recent_lines is not None:
+        recent = lines[-recent_lines:]
+        only_consequences = _reasons(recent) and not _roots(recent)
+        lines = lines[-recent_lines * _WIDER :] if only_consequences else recent
+    reasons, roots = _reasons(lines), _roots(lines)
     if not reasons:
         return [line for line in lines if line][-5:]
     start = (roots or reasons)[-1]
     # Some exceptions say what is wrong on the indented lines after their name.
     details = itertools.takewhile(lambda line: line.startswith("  "), lines[start + 1 : start + 4])
     return [lines[start], *(line.strip() for line in details)]
+
+
+def _reasons(lines: list[str]) -> list[int]:
+    return [index for index, line in enumerate(lines) if _EXCEPTION.match(line) or _DEAD_WORKER in line]
+
+
+def _roots(lines: list[str]) -> list[int]:
+    return [index for index in _reasons(lines) if not any(text in lines[index] for text in _CONSEQUENCES)]
 
 
 def remedy(lines: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """A supervisor over the scripted server of fake_vllm.py."""
 
+import contextlib
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ from step128_launcher.planning.profiles import Profile
 from step128_launcher.supervisor.job import Job, Patience
 from step128_launcher.supervisor.progress import Progress
 from step128_launcher.supervisor.serve import Supervisor
+from step128_launcher.supervisor.signals import StopSignals
 from step128_launcher.supervisor.status import ServerStatus, State
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
@@ -59,6 +61,7 @@ class Bench:
     def __init__(self, job: Job, spec: dict[str, Any], tmp_path: Path) -> None:
         self.job, self.spec, self.status = job, spec, ServerStatus()
         self.plan = job.plan
+        self.stop: StopSignals | None = None  # entered, of a test that has its own
         self.patience = Patience(max_restarts=0, first_pause_seconds=0.05)
         self.spec_file = tmp_path / "spec.json"
         self.output = (tmp_path / "progress.txt").open("w+")
@@ -72,10 +75,12 @@ class Bench:
             return replace(self.job, **({"plan": plan, "argv": argv} | changes))
 
         progress = Progress(Console(file=self.output, width=200))
-        supervisor = Supervisor(make_job, self.plan, self.status, progress, self.patience)
-        if signals:
-            threading.Thread(target=self._signal_when_ready, args=(signals, starts), daemon=True).start()
-        return supervisor.run()
+        with contextlib.ExitStack() as stack:
+            stop = self.stop or stack.enter_context(StopSignals())
+            supervisor = Supervisor(make_job, self.plan, self.status, progress, stop, self.patience)
+            if signals:
+                threading.Thread(target=self._signal_when_ready, args=(signals, starts), daemon=True).start()
+            return supervisor.run()
 
     def when(self, condition: Callable[[], bool], number: int) -> None:
         """Send this process a signal as soon as the condition holds."""

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +110,7 @@ def finished(bench: Bench, cpu: Hardware, tmp_path: Path) -> Path:
     state = tmp_path / "state"
     state.mkdir()
     (state / "vllm.log").write_text(LOG)
-    document = {"calibration": calibration_document(bench.plan, bench.job.footprint.path, cpu)}
+    document = {"calibration": calibration_document(bench.plan, bench.job.footprint.path, cpu), "reality": {}}
     (state / "plan.json").write_text(json.dumps(document))
     return state
 
@@ -161,6 +163,8 @@ def test_nothing_is_stored_where_nothing_was_measured(finished: Path, tmp_path: 
         ("plan.json", "{", ExitCode.BAD_CHECKPOINT, "not valid JSON"),
         ("plan.json", "[]", ExitCode.BAD_CHECKPOINT, "holds no plan"),
         ("plan.json", "{}", ExitCode.BAD_CHECKPOINT, "holds no plan of this version"),
+        ("plan.json", "[" * 100_000, ExitCode.BAD_CHECKPOINT, "not valid JSON"),
+        ("plan.json", '{"calibration": {"planned": []}}', ExitCode.BAD_CHECKPOINT, "holds no plan of this version"),
         ("vllm.log", "it died\n", ExitCode.BAD_CHECKPOINT, "no finished start"),
     ],
 )
@@ -174,6 +178,38 @@ def test_what_cannot_be_used_is_said(
     with pytest.raises(LauncherError, match=says) as caught:
         run_calibrate(arguments(), finished, tmp_path / "c")
     assert caught.value.exit_code == code and not (tmp_path / "c").exists()
+
+
+def test_a_start_that_did_not_finish_replaces_nothing(finished: Path, tmp_path: Path) -> None:
+    """Its log reports the weights, and nothing that comes after them."""
+    folder, plan, log = tmp_path / "c", finished / "plan.json", finished / "vllm.log"
+    document = json.loads(plan.read_text())
+    plan.write_text(json.dumps(document | {"reality": {"weights_bytes": 7, "graph_bytes": 8}}))
+    run_calibrate(arguments(), finished, folder)
+    stored = next(folder.iterdir()).read_text()
+    plan.write_text(json.dumps({"calibration": document["calibration"]}))
+    for given in ({}, {"log": log, "plan": plan}):
+        with pytest.raises(LauncherError, match="no finished start") as caught:
+            run_calibrate(arguments(**given), finished, folder)
+        assert caught.value.exit_code is ExitCode.BAD_CHECKPOINT and "--log FILE" in caught.value.hint
+    assert next(folder.iterdir()).read_text() == stored
+    log.write_text(f"{LOG}(APIServer pid=6) INFO:     Application startup complete.\n")
+    assert run_calibrate(arguments(log=log, plan=plan), finished, folder) is ExitCode.OK
+
+
+def test_metrics_from_what_speaks_no_http(finished: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/metrics"
+        with pytest.raises(LauncherError, match="cannot be read: BadStatusLine"):
+            run_calibrate(arguments(metrics=url), finished, tmp_path / "c")
 
 
 def test_the_supervisor_leaves_the_plan_and_what_vllm_reported(bench: Bench, cpu: Hardware) -> None:

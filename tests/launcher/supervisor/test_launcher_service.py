@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from step128_launcher.supervisor.exporter import Exporter
 from step128_launcher.supervisor.hang import Activity
 from step128_launcher.supervisor.job import Patience
 from step128_launcher.supervisor.service import hold_unhealthy, run_service
+from step128_launcher.supervisor.signals import StopSignals
 from step128_launcher.supervisor.status import ServerStatus, State
 
 Bench = Any  # the class of the fixture `bench`; a test cannot import conftest.py
@@ -65,7 +67,8 @@ def test_an_error_before_there_is_a_plan_is_held(error: LauncherError, bench: Be
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=look_then_end, daemon=True).start()
-    assert run_service(work, bench.status, said.append, service=True) is ExitCode.OK
+    with StopSignals() as stop:
+        assert run_service(work, bench.status, said.append, stop, service=True) is ExitCode.OK
     assert len(said) == 1 and error.message in said[0] and error.hint in said[0]
     (status, body), (_, metrics) = answers
     code = int(error.exit_code)
@@ -81,7 +84,7 @@ def test_by_hand_it_ends_with_the_code(bench: Bench) -> None:
         raise CheckpointError("broken")
 
     with pytest.raises(CheckpointError, match="broken"):
-        run_service(work, bench.status, print, service=False)
+        run_service(work, bench.status, print, StopSignals(), service=False)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,8 @@ def test_a_server_that_cannot_be_kept_up_is_held(mode: str, code: int, bench: Be
 
     said: list[str] = []
     threading.Thread(target=look_then_end, daemon=True).start()
-    assert run_service(lambda: bench.run(mode), bench.status, said.append, service=True) is ExitCode.OK
+    with StopSignals() as bench.stop:
+        assert run_service(partial(bench.run, mode), bench.status, said.append, bench.stop, service=True) is ExitCode.OK
     status, body = answers[0]
     assert status == 503 and json.loads(body)["exit_code"] == code
     assert f"(exit code {code}, " in said[0]
@@ -136,8 +140,8 @@ def test_a_hung_server_says_so(bench: Bench, exporter: int) -> None:
 
 def test_troubles_are_counted(bench: Bench, exporter: int) -> None:
     for reason in ("crash", "crash", "hung"):
-        bench.status.restarted(reason)
-    bench.status.stepped_down()
+        bench.status.restarted(reason, LauncherError(ExitCode.SERVER_FAILED, reason))
+    bench.status.stepped_down(LauncherError(ExitCode.SERVER_FAILED, "memory"))
     metrics = get(exporter, "/metrics")[1]
     assert 'step128_server_restarts_total{reason="crash"} 2.0' in metrics
     assert 'step128_server_restarts_total{reason="hung"} 1.0' in metrics
@@ -149,5 +153,6 @@ def test_the_handlers_of_signals_are_put_back() -> None:
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     error = LauncherError(ExitCode.BAD_CONFIGURATION, "x")
-    assert hold_unhealthy(error, ServerStatus(), lambda text: None) is ExitCode.OK
+    with StopSignals() as stop:
+        assert hold_unhealthy(error, ServerStatus(), lambda text: None, stop) is ExitCode.OK
     assert signal.getsignal(signal.SIGTERM) is handler

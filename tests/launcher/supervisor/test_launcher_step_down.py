@@ -29,6 +29,10 @@ COMPLAINTS = [
     "ValueError: To serve at least one request with the model's max seq len (4096), (0.02 GiB KV cache is needed, "
     "which is larger than the available KV cache memory (0.0 GiB).",
     "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+    ":0:rocdevice.cpp:2874: Callback: Queue 0x7f aborting with error : HSA_STATUS_ERROR_OUT_OF_RESOURCES: The runtime "
+    "failed to allocate the necessary resources.",
+    "gpu3:1:2 [0] NCCL WARN HIP failure 'out of memory'",
+    "OSError: [Errno 12] Cannot allocate memory",
     "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
 ]
 
@@ -43,6 +47,24 @@ def test_every_known_complaint_is_understood(line: str) -> None:
 )
 def test_other_lines_are_not(line: str) -> None:
     assert memory_complaint([line]) is None
+
+
+def test_a_want_of_memory_that_was_coped_with_does_not_count() -> None:
+    caught = "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB."
+    assert memory_complaint([caught, "AssertionError: the real cause"]) is None
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        ["RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:40000"],
+        ["Exception ignored in: <function Pool.__del__ at 0x7f>", "AttributeError: 'Pool' object has no attribute 'x'"],
+        ["Exception: WorkerProc initialization failed due to an exception in a background process."],
+    ],
+)
+def test_what_follows_from_it_does_not_hide_it(after: list[str]) -> None:
+    cause = "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB."
+    assert memory_complaint([cause, *after]) == cause
 
 
 def test_a_kill_is_for_memory_only_if_the_kernel_counted_one() -> None:
