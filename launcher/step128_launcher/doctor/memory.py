@@ -3,11 +3,10 @@
 from step128_launcher.doctor.context import Context, why_no_apu
 from step128_launcher.doctor.finding import Finding, passed, skipped, warned
 from step128_launcher.machine.types import Gpu
-from step128_launcher.planning.pools import gtt_goal_bytes
+from step128_launcher.planning.pools import LARGE_CARVE_OUT_BYTES, gtt_goal_bytes, ttm_command
 from step128_launcher.sizes import format_bytes
 
 _GIB = 2**30
-_LARGE_CARVE_OUT = 4 * _GIB
 # A GTT of this share of the goal is as good as the goal: somebody has set it.
 _NEAR_GOAL = 0.95
 
@@ -21,7 +20,7 @@ def check_carve_out(context: Context) -> Finding:
     if gpu.vram_total_bytes is None:
         return skipped(name, "the driver does not tell the carve-out's size")
     size = format_bytes(gpu.vram_total_bytes)
-    if gpu.vram_total_bytes <= _LARGE_CARVE_OUT:
+    if gpu.vram_total_bytes <= LARGE_CARVE_OUT_BYTES:
         return passed(name, f"{size} for the GPU alone; the rest is shared")
     return warned(
         name,
@@ -128,6 +127,6 @@ def _ttm_commands(context: Context, gpu: Gpu) -> str:
     modules = [limit.module for limit in context.hardware.ttm_limits] or ["ttm"]
     lines = "; ".join(f"options {module} pages_limit={goal // 4096}" for module in modules)
     return (
-        f"`sudo amd-ttm --set {goal // _GIB}` (package amd-debug-tools) and reboot; or by hand: write '{lines}' to "
+        f"{ttm_command(goal)} and reboot; or by hand: write '{lines}' to "
         "/etc/modprobe.d/ttm.conf, rebuild the initramfs (`sudo update-initramfs -u`, or `sudo dracut -f`), reboot."
     )

@@ -113,9 +113,7 @@ class Ledger:
         else:
             groups.append(self._keep(("cpu", ranks, depth > 0, load.dtype), lambda: self._cpu(load)))
             groups.append((self.host_lines(load), self.host_bytes(load)))
-        source = self.profile.source("reserve_bytes")
-        reserve = MemoryLine("reserve", self.profile.reserve_bytes, ASSUMED, "kept free (profile)", source)
-        groups.append(self._keep(("reserve",), lambda: (reserve,)))
+        groups.append(self._keep(("reserve",), lambda: (self._reserve(),)))
         return groups
 
     def _keep(
@@ -213,6 +211,10 @@ class Ledger:
         total = rows * (heads // ranks) * _SEGMENTS * (config.head_dim + 2) * FLOAT32_BYTES
         what = f"{_SEGMENTS} segments, {full + sliding} groups of layers"
         return MemoryLine("attention scratch", total, VLLM_CODE, what, "v1/attention/backends/triton_attn.py")
+
+    def _reserve(self) -> MemoryLine:
+        source = self.profile.source("reserve_bytes")
+        return MemoryLine("reserve", self.profile.reserve_bytes, ASSUMED, "kept free (profile)", source)
 
     def _cpu(self, load: Load) -> tuple[MemoryLine, ...]:
         """Return what the CPU's torch path unpacks at once, and the draft's own embedding until it shares."""

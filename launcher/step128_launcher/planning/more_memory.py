@@ -3,7 +3,7 @@
 from step128_launcher.machine.types import AMD, Hardware
 from step128_launcher.planning.budget import Budget
 from step128_launcher.planning.plan import Limits
-from step128_launcher.planning.pools import gtt_goal_bytes
+from step128_launcher.planning.pools import LARGE_CARVE_OUT_BYTES, gtt_goal_bytes, ttm_command
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.sizes import format_bytes
 
@@ -43,11 +43,12 @@ def more_memory(
 def gtt_remedy(hardware: Hardware, profile: Profile, budget: Budget, missing_bytes: int) -> str:
     """Return how to let an AMD APU use more of the host's memory, or why that will not help."""
     gpu = budget.gpus[0]
-    vram, goal = gpu.vram_total_bytes or 0, gtt_goal_bytes(hardware, gpu) // _GIB
+    vram, goal_bytes = gpu.vram_total_bytes or 0, gtt_goal_bytes(hardware, gpu)
+    goal = goal_bytes // _GIB
     wanted = -(-int(budget.total_bytes + missing_bytes / profile.usable_fraction) // _GIB)
     if wanted > goal:
         return f"a machine with more memory: {wanted} GiB for the GPU are needed, this one can give {goal} GiB"
-    steps = f"raise GTT to {goal} GiB: `sudo amd-ttm --set {goal}` (package amd-debug-tools), then reboot"
-    if vram > 4 * _GIB:
+    steps = f"raise GTT to {goal} GiB: {ttm_command(goal_bytes)}, then reboot"
+    if vram > LARGE_CARVE_OUT_BYTES:
         steps = f"in the firmware set the GPU's carve-out to 512 MiB (now {format_bytes(vram)}), then {steps}"
     return steps

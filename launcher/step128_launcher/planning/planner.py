@@ -17,7 +17,7 @@ from step128_launcher.planning.kv_cache import predict
 from step128_launcher.planning.measured import finder
 from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.objective import Judge
-from step128_launcher.planning.plan import Alternative, Expected, Limits, Plan
+from step128_launcher.planning.plan import Expected, Limits, Plan
 from step128_launcher.planning.plan_warnings import plan_warnings
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.planning.remedies import Retry, does_not_fit, unmet_wish
@@ -86,6 +86,7 @@ class _Planner:
             speed_inputs(footprint, profile, limits),
         )
         self.candidates: list[Candidate] = []
+        self.depths: dict[tuple[object, ...], int] = {}
 
     def choose(self, budget: Budget) -> Candidate:
         """Search, and return the best acceptable candidate."""
@@ -94,8 +95,8 @@ class _Planner:
         acceptable = [candidate for candidate in found if candidate.reason is None]
         if not acceptable:
             raise _NothingFitsError
-        depths = self.judge.worthwhile_depths(found)
-        return max(acceptable, key=lambda candidate: self.judge.key(candidate, depths))
+        self.depths = self.judge.worthwhile_depths(found)
+        return max(acceptable, key=lambda candidate: self.judge.key(candidate, self.depths))
 
     def plan(self, best: Candidate, budget: Budget) -> Plan:
         """Return the whole plan for the candidate chosen."""
@@ -150,7 +151,7 @@ class _Planner:
             reasons=explain_choice(
                 best, self.footprint, profile, self.limits, space, self.judge, self.worthwhile(best), self.candidates
             ),
-            rejected=(*self.left_out, *self._rejected(best)),
+            rejected=(*self.left_out, *neighbours(best, self.candidates, space, self.judge)),
             wish=self._wish(best, budget),
             warnings=plan_warnings(best, self.footprint, profile, self.limits, budget),
             considered=len(self.candidates),
@@ -180,16 +181,12 @@ class _Planner:
 
     def worthwhile(self, best: Candidate) -> int:
         """Return the MTP depth that pays by the speed model, with the ranks chosen and the preferred KV dtype."""
-        depths = self.judge.worthwhile_depths(self.candidates)
-        return depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
+        return self.depths[best.load.tensor_parallel_size, self.space.kv_cache_dtypes[0]]
 
     def _kv_cache_bytes(self, best: Candidate) -> int:
         """Return the KV cache of a rank: all that is left, in whole blocks, up to max_num_seqs full-length requests."""
         most = best.shape.needed_bytes(best.context, best.load.max_num_seqs)
         return min(most, best.left_bytes // best.shape.bytes_per_block * best.shape.bytes_per_block)
-
-    def _rejected(self, best: Candidate) -> tuple[Alternative, ...]:
-        return neighbours(best, self.candidates, self.space, self.judge)
 
     def _host_memory(self, best: Candidate, memory: MemoryPlan, budget: Budget) -> MemoryPlan | None:
         if budget.host_budget_bytes is None or budget.host_available_bytes is None:

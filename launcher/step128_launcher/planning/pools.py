@@ -42,6 +42,14 @@ def device_memory(hardware: Hardware, gpu: Gpu) -> DeviceMemory:
 # 125 GiB); and the most that was reported to work there. Assumptions.
 _HOST_SHARE_BYTES, _MOST_GTT_BYTES = 5 * 2**30, 120 * 2**30
 
+# A carve-out above this is worth giving back to the host: GTT serves the GPU as well.
+LARGE_CARVE_OUT_BYTES = 4 * 2**30
+
+
+def ttm_command(goal_bytes: int) -> str:
+    """Return the command that lets AMD GPUs use `goal_bytes` of the host's memory, with the package it comes from."""
+    return f"`sudo amd-ttm --set {goal_bytes // 2**30}` (package amd-debug-tools)"
+
 
 def gtt_goal_bytes(hardware: Hardware, gpu: Gpu) -> int:
     """Return the GTT to set on an AMD APU: all of the memory but 5 GiB, at most 120 GiB, in whole GiB."""
