@@ -27,6 +27,7 @@ from step128_launcher.planning.profiles import (
     load_profiles,
     user_profiles_dir,
 )
+from step128_launcher.user_folders import user_folder
 
 
 @dataclass(frozen=True)
@@ -213,5 +214,4 @@ def state_dir(options: argparse.Namespace) -> Path:
     if options.state_dir is not None:
         folder: Path = options.state_dir
         return folder.absolute()
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "step128" / str(options.port)
+    return user_folder("XDG_STATE_HOME") / str(options.port)

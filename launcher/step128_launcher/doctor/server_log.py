@@ -11,6 +11,7 @@ from pathlib import Path
 from step128_launcher.doctor.attention import CONSUMER
 from step128_launcher.doctor.context import Context
 from step128_launcher.doctor.finding import Finding, failed, passed, skipped, warned
+from step128_launcher.user_folders import user_folder
 
 NO_LOG = "no vllm.log of an earlier start is known"
 _NAME = r"(?:AttentionBackendEnum\.)?([A-Z][A-Z0-9_]+)"
@@ -28,9 +29,8 @@ _START = "vLLM API server version"
 
 def find_log(environment: Mapping[str, str]) -> Path | None:
     """Return the newest vllm.log below the default state folders (one for each port), or None."""
-    home = environment.get("XDG_STATE_HOME") or Path(environment.get("HOME") or Path.home()) / ".local" / "state"
     found = {}
-    for path in (Path(home) / "step128").glob("*/vllm.log"):
+    for path in user_folder("XDG_STATE_HOME", environment).glob("*/vllm.log"):
         try:
             found[path] = path.stat().st_mtime
         except OSError:

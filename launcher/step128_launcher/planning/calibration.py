@@ -16,6 +16,7 @@ from typing import Any
 
 from step128_launcher.files import make_private_folder, write_atomically
 from step128_launcher.machine.types import Hardware
+from step128_launcher.user_folders import user_folder
 
 SCHEMA = 2
 _DIGITS = 8
@@ -90,8 +91,7 @@ def model_fingerprint(model: Path) -> str:
 
 def calibration_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of all machines' files."""
-    home = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "step128" / "calibration"
+    return user_folder("XDG_DATA_HOME", environment) / "calibration"
 
 
 def load_calibration(hardware: Hardware, folder: Path | None = None) -> Calibration:

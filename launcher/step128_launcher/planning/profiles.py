@@ -13,6 +13,7 @@ from step128_launcher.machine.types import Gpu, Hardware
 from step128_launcher.planning.pools import device_memory
 from step128_launcher.planning.profile_schema import Assumption, AttentionBackend, bad_value, read_profile_values
 from step128_launcher.sizes import format_bytes
+from step128_launcher.user_folders import user_folder
 
 # The name that stands for the profile of the machine.
 AUTO = "auto"
@@ -86,8 +87,7 @@ def user_profiles_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of the user's own profiles: STEP128_PROFILES_DIR, else below XDG_CONFIG_HOME."""
     if environment.get("STEP128_PROFILES_DIR"):
         return Path(environment["STEP128_PROFILES_DIR"])
-    home = environment.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "step128" / "profiles"
+    return user_folder("XDG_CONFIG_HOME", environment) / "profiles"
 
 
 def profile_files(configs_dir: Path, user_dir: Path | None = None) -> dict[str, Path]:
