@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from step128_launcher.errors import LauncherError
@@ -171,22 +171,90 @@ def test_an_accepted_plan_never_exceeds_its_budget_and_holds_one_request(
     assert all(item.reason for item in plan.rejected)
 
 
-@property_test
-@given(wish=limits, budget=budgets, more=st.integers(0, 1 << 28))
-def test_more_memory_is_never_worse(
-    wish: Limits, budget: int, more: int, footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
-) -> None:
-    def quality(memory_bytes: int) -> tuple[int, int, int]:
+def worth(plan: Plan, wish: Limits, footprint: ModelFootprint) -> tuple[int, ...]:
+    """What objective balanced promises, in its order, read off the plan alone.
+
+    Blocks of the KV cache are no part of it: a plan with images may hold fewer of them than one without. No speed is
+    modelled on the cpu profile, so it decides nothing here; test_launcher_search.py has the machines with one.
+    """
+    assert plan.speed == ()
+    wished = wish.max_model_len or footprint.config.max_position_embeddings
+    per_request = shape_of(plan, footprint).blocks_per_request(plan.max_model_len)
+    return (
+        plan.max_model_len * 32 // wished,
+        plan.kv_cache_dtype == (wish.kv_cache_dtype or "fp8"),
+        plan.num_speculative_tokens,
+        plan.vision,
+        min(plan.max_num_seqs, (plan.prediction.num_gpu_blocks - 1) // per_request),
+        plan.max_num_seqs,
+        plan.max_num_batched_tokens,
+        plan.max_model_len,
+    )
+
+
+Worth = Callable[[Limits, int], tuple[int, ...]]
+
+
+@pytest.fixture
+def worth_of(footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine) -> Worth:
+    """Plan with so many bytes; empty, below all others, if nothing fits."""
+
+    def of(wish: Limits, memory_bytes: int) -> tuple[int, ...]:
         try:
             plan = make_plan(make_machine(), footprint, cpu_profile, replace(wish, memory_bytes=memory_bytes))
         except DoesNotFitError:
-            return (0, 0, 0)
-        return (plan.max_model_len, plan.num_speculative_tokens, plan.prediction.num_gpu_blocks)
+            return ()
+        return worth(plan, wish, footprint)
 
-    less, greater = quality(budget), quality(budget + more)
-    assert greater[:2] >= less[:2]
-    if greater[:2] == less[:2]:
-        assert greater[2] >= less[2]
+    return of
+
+
+@property_test
+@example(wish=Limits(), budget=3_887_629_096, more=1 << 28)  # 8 requests without images, then 1 with them
+@given(wish=limits, budget=budgets, more=st.integers(0, 1 << 28))
+def test_more_memory_is_never_worse(wish: Limits, budget: int, more: int, worth_of: Worth) -> None:
+    assert worth_of(wish, budget) <= worth_of(wish, budget + more)
+
+
+@property_test
+@given(
+    wish=limits | st.just(Limits()),
+    images=st.booleans(),
+    step=st.integers(1 << 10, 1 << 18),
+    centre=st.integers(-(3 << 19), 1 << 19),
+)
+def test_more_memory_is_never_worse_where_it_decides(
+    wish: Limits,
+    images: bool,
+    step: int,
+    centre: int,
+    worth_of: Worth,
+    footprint: ModelFootprint,
+    cpu_profile: Profile,
+    make_machine: MakeMachine,
+) -> None:
+    """A row of budgets around what one request takes, with or without images: there, KiB decide between settings."""
+    one = replace(wish, vision=images, max_num_seqs=wish.max_num_seqs or 1)
+    middle = make_plan(make_machine(), footprint, cpu_profile, one).memory.total_bytes + centre
+    found = [worth_of(wish, middle + step * number) for number in range(-8, 9)]
+    assert found == sorted(found)
+
+
+def test_images_come_before_concurrency(
+    footprint: ModelFootprint, cpu_profile: Profile, make_machine: MakeMachine
+) -> None:
+    """One byte more can take requests away: the byte from which one request with images fits."""
+    alone = make_plan(make_machine(), footprint, cpu_profile, Limits(vision=True, max_num_seqs=1))
+    enough = alone.memory.total_bytes
+    less, more = (
+        make_plan(make_machine(), footprint, cpu_profile, Limits(memory_bytes=size)) for size in (enough - 1, enough)
+    )
+    assert (less.max_model_len, less.num_speculative_tokens) == (more.max_model_len, more.num_speculative_tokens)
+    assert (less.vision, less.max_num_seqs) == (False, cpu_profile.max_num_seqs)
+    assert (more.vision, more.max_num_seqs) == (True, 1)
+    assert less.prediction.num_gpu_blocks > more.prediction.num_gpu_blocks
+    text = next(item.reason for item in more.rejected if item.wish == "text only")
+    assert "for the KV cache" in text
 
 
 def test_the_plan_depends_on_its_arguments_alone(

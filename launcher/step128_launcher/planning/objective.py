@@ -1,9 +1,13 @@
 """Which of two acceptable candidates is better, by objective. Every key grows with memory, so more is never worse.
 
+"Worse" is by the key: what comes later in it, or not at all, may shrink where something earlier grows. The memory with
+which images fit may leave one request where eight ran without them, in a smaller KV cache.
+
 balanced: the longest context up to 200k, then the MTP depth that pays, then images, then concurrency.
 context: the same with the model's longest context. latency: 64k tokens, then the fastest single request.
 throughput: the most tokens a second with all requests of 32k tokens that fit.
-Contexts are compared in 32nds of the wish: a context that is 1 % longer is not worth half the concurrency.
+Contexts are compared in 32nds of the wish: a context that is 1 % longer is not worth half the concurrency. Among equal
+contexts, the KV dtype that the profile prefers comes first.
 """
 
 from collections.abc import Mapping

@@ -7,12 +7,12 @@ from dataclasses import replace
 from step128_launcher.machine.types import Hardware
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.model.quantization import Format
-from step128_launcher.planning.budget import HOST_MEMORY, Budget, make_budget
+from step128_launcher.planning.budget import Budget, make_budget
 from step128_launcher.planning.calibration import Measurement
 from step128_launcher.planning.candidates import DIMENSIONS, Candidate, search
 from step128_launcher.planning.choices import device_selection, make_space, omp_threads_bind
 from step128_launcher.planning.explain import explain_choice, neighbours
-from step128_launcher.planning.items import MODEL_LINE, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.planning.items import MemoryLine
 from step128_launcher.planning.kv_cache import predict
 from step128_launcher.planning.measured import finder
 from step128_launcher.planning.memory import Ledger
@@ -23,6 +23,7 @@ from step128_launcher.planning.profiles import Profile
 from step128_launcher.planning.remedies import Retry, does_not_fit, unmet_wish
 from step128_launcher.planning.speculation import SHORT_CONTEXT_TOKENS, SpeedRow
 from step128_launcher.planning.speed_inputs import speed_inputs, speed_sources
+from step128_launcher.planning.tables import memory_tables
 
 # After an out-of-memory at the start, budgets smaller than the plan's own sum by this share, twice it, … are tried.
 _FALLBACKS, _FALLBACK_SHARE = 3, 0.03
@@ -102,18 +103,11 @@ class _Planner:
         """Return the whole plan for the candidate chosen."""
         load, profile, space = best.load, self.profile, self.space
         kv_bytes = self._kv_cache_bytes(best)
-        lines = self.ledger.lines(load)
         prediction = predict(best.shape, kv_bytes, best.context)
         held = f"{best.kv_cache_dtype}, {prediction.kv_cache_max_concurrency:.1f} requests of {best.context} tokens"
-        kv = kv_line(kv_bytes, self.ledger.ranks_in_pool(load), held)
         spare = best.left_bytes - kv_bytes
-        memory = MemoryPlan(
-            budget.where(load.tensor_parallel_size),
-            (*lines, kv),
-            budget.total_bytes,
-            budget.available_bytes,
-            budget.budget_bytes,
-        )
+        shared = "the table above: GPU and host share this memory"
+        memory, host_memory = memory_tables(self.hardware, budget, self.ledger, load, kv_bytes, held, shared)
         environment = dict(profile.environment)
         if profile.device == "cpu":
             environment["VLLM_CPU_OMP_THREADS_BIND"] = omp_threads_bind(self.hardware, load.tensor_parallel_size)
@@ -144,8 +138,8 @@ class _Planner:
             arguments=profile.arguments,
             gpu_addresses=tuple(gpu.pci_address for gpu in chosen),
             memory=memory,
-            host_memory=self._host_memory(best, memory, budget),
-            expected=self._expected(best, lines),
+            host_memory=host_memory,
+            expected=self._expected(best, memory.lines),
             speed=self._speed(best),
             speed_sources=speed_sources(self.judge.inputs),
             reasons=explain_choice(
@@ -187,16 +181,6 @@ class _Planner:
         """Return the KV cache of a rank: all that is left, in whole blocks, up to max_num_seqs full-length requests."""
         most = best.shape.needed_bytes(best.context, best.load.max_num_seqs)
         return min(most, best.left_bytes // best.shape.bytes_per_block * best.shape.bytes_per_block)
-
-    def _host_memory(self, best: Candidate, memory: MemoryPlan, budget: Budget) -> MemoryPlan | None:
-        if budget.host_budget_bytes is None or budget.host_available_bytes is None:
-            return None
-        lines = self.ledger.host_lines(best.load)
-        if budget.shared:
-            what = "the table above: GPU and host share this memory"
-            lines = (MemoryLine(MODEL_LINE, memory.total_bytes, "computed", what), *lines)
-        total = self.hardware.memory_total_bytes
-        return MemoryPlan(HOST_MEMORY, lines, total, budget.host_available_bytes, budget.host_budget_bytes)
 
     def _expected(self, best: Candidate, lines: Sequence[MemoryLine]) -> Expected:
         if not self.budget.gpus:

@@ -9,11 +9,12 @@ from step128_launcher.model.quantization import Format
 from step128_launcher.model.weights import indivisible
 from step128_launcher.planning.budget import HOST_MEMORY, Budget
 from step128_launcher.planning.candidates import Candidate, Space, search
-from step128_launcher.planning.items import MODEL_LINE, MemoryLine, MemoryPlan, kv_line
+from step128_launcher.planning.items import MemoryPlan
 from step128_launcher.planning.memory import Ledger
 from step128_launcher.planning.more_memory import more_memory
 from step128_launcher.planning.plan import Alternative, DoesNotFitError, Limits
 from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.tables import memory_tables
 from step128_launcher.sizes import format_bytes
 
 _SHOWN_NEAR = 3  # candidates shown of those that came nearest
@@ -93,23 +94,9 @@ def _memory(
     hardware: Hardware, leanest: Candidate, ledger: Ledger, budget: Budget, needed: int, context: int
 ) -> tuple[MemoryPlan, MemoryPlan | None]:
     """Return the table of the pool that lacks memory, and the host's where that is another one."""
-    lines: tuple[MemoryLine, ...] = ledger.lines(leanest.load)
-    lines = (*lines, kv_line(needed, ledger.ranks_in_pool(leanest.load), f"one request of {context} tokens"))
-    plan = MemoryPlan(
-        budget.where(leanest.load.tensor_parallel_size),
-        lines,
-        budget.total_bytes,
-        budget.available_bytes,
-        budget.budget_bytes,
-    )
-    if budget.host_budget_bytes is None:
-        return plan, None
-    lines = ledger.host_lines(leanest.load)
-    if budget.shared:
-        lines = (MemoryLine(MODEL_LINE, plan.total_bytes, "computed", "GPU and host share it"), *lines)
-    available = budget.host_available_bytes or 0
-    host = MemoryPlan(HOST_MEMORY, lines, hardware.memory_total_bytes, available, budget.host_budget_bytes)
-    return (host, None) if leanest.lacking == HOST_MEMORY else (plan, host)
+    note = f"one request of {context} tokens"
+    pool, host = memory_tables(hardware, budget, ledger, leanest.load, needed, note, "GPU and host share it")
+    return (host, None) if host is not None and leanest.lacking == HOST_MEMORY else (pool, host)
 
 
 class Retry:
