@@ -1,12 +1,33 @@
-"""NL4 linear layer. ``nl4_gemm`` is what callers use; it picks the implementation by device.
+"""NL4 linear layer. Callers use what stands here; triton is imported only where a GPU computes.
 
-Only the torch reference exists so far, on every device. The Triton kernels for gfx1201 and gfx1151 take their place
-here, behind the same signature.
+``nl4_gemm`` takes weights as a checkpoint stores them, and is the torch reference. ``nl4_gemm_tiled`` takes them in the
+kernels' order and picks by device: Triton on a GPU, the reference on a CPU.
 """
 
+from __future__ import annotations
+
+import torch
+
 from step128_kernels.nl4_gemm.reference import nl4_gemm_reference as nl4_gemm
+from step128_kernels.nl4_layout import from_kernel_layout
 
-WEIGHT_PATH = "torch"
-"""What computes with NL4 weights: ``torch`` (the reference) or ``triton``; in every load report."""
+__all__ = ["nl4_gemm", "nl4_gemm_tiled"]
 
-__all__ = ["WEIGHT_PATH", "nl4_gemm"]
+
+def nl4_gemm_tiled(x: torch.Tensor, tiles: torch.Tensor, scales: torch.Tensor, rows: int) -> torch.Tensor:
+    """Multiply activations by an NL4 weight in kernel layout.
+
+    Args:
+        x: float ``[..., K]``.
+        tiles: int64 ``[N / 16, K / 32, 16, 2]`` (:mod:`step128_kernels.nl4_layout`).
+        scales: int32 ``[N / 16, K / 32, 16]``.
+        rows: N before padding.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    if x.is_cuda:
+        from step128_kernels.nl4_gemm.triton_gemm import nl4_gemm_triton
+
+        return nl4_gemm_triton(x, tiles, scales, rows)
+    return nl4_gemm(x, *from_kernel_layout(tiles, scales, rows, x.shape[-1]))

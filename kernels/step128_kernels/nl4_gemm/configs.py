@@ -1,0 +1,80 @@
+"""Block sizes of the NL4 linear layer: the tuned ones, the default without any, and those worth trying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from step128_kernels.device import gpu_identity
+from step128_kernels.tuning import Config, TunedTable, load_config
+
+KERNEL = "nl4_gemm"
+
+
+def decode_config(block_m: int, repeat: int, split_k: int, lanes: int) -> Config:
+    """One warp for every 32 lanes, so that each lane owns ``repeat`` weight rows of one part of K.
+
+    Eight activation rows would take so many registers that fewer than eight waves fit a SIMD: the compiler is told.
+    """
+    return {
+        "phase": "decode",
+        "BLOCK_M": block_m,
+        "REPEAT": repeat,
+        "SPLIT_K": split_k,
+        "LANES": lanes,
+        "num_warps": split_k * lanes // 32,
+        "waves_per_eu": 8 if block_m == 8 else 0,
+    }
+
+
+def prefill_config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    """Sizes of one program's block of the result and of its steps along K."""
+    return {
+        "phase": "prefill",
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+DEFAULT = {
+    **{rows: decode_config(rows, 2, 8, 32) for rows in (1, 2, 4, 8)},
+    16: prefill_config(16, 64, 64, 4, 1),
+    32: prefill_config(32, 64, 64, 4, 1),
+    64: prefill_config(64, 64, 64, 4, 1),
+}
+"""By activation rows, for a GPU that nothing is tuned for."""
+
+
+def gemm_table(n: int, k: int, device: torch.device) -> TunedTable:
+    """Configs for a weight of ``n`` x ``k`` on a device."""
+    name, arch = gpu_identity(device)
+    return load_config(KERNEL, {"N": n, "K": k}, name, arch, default=DEFAULT)
+
+
+def gemm_candidates(phase: str, n: int, k: int, m: int) -> Iterator[Config]:
+    """Configs worth trying for ``m`` rows; in decode only those that cut K into equal parts, if there are any."""
+    if phase == "decode":
+        block_m = min(m, 8)
+        for lanes in (16, 32):
+            fits = [s for s in (1, 2, 4, 8, 16) if k % (32 * s) == 0 and s * lanes >= 32] or [32 // lanes]
+            for split_k in fits:
+                for repeat in (1, 2, 4):
+                    if repeat * lanes <= n:
+                        yield decode_config(block_m, repeat, split_k, lanes)
+        return
+    for block_m, block_n, block_k, num_warps in (
+        (16, 32, 64, 2),
+        (16, 64, 64, 4),
+        (32, 64, 64, 4),
+        (64, 64, 64, 4),
+        (64, 128, 32, 4),
+        (128, 64, 32, 4),
+        (128, 128, 32, 8),
+    ):
+        if block_m <= max(16, m):
+            for num_stages in (1, 2):
+                yield prefill_config(block_m, block_n, block_k, num_warps, num_stages)

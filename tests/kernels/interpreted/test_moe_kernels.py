@@ -1,0 +1,132 @@
+"""The expert kernels in Triton's interpreter against the torch reference, and the blocks they work on."""
+
+import pytest
+import torch
+
+from step128_kernels.nl4_gemm.configs import decode_config, prefill_config
+from step128_kernels.nl4_layout import to_kernel_layout
+from step128_kernels.nl4_moe import triton_moe
+from step128_kernels.nl4_moe.align import LARGEST_ALIGNED_PAIRS, ExpertBlocks, align_by_sorting, most_blocks
+from step128_kernels.nl4_moe.configs import joint_config
+from step128_kernels.nl4_moe.launches import MoeShape
+from step128_kernels.nl4_moe.reference import nl4_moe_reference
+
+EXPERTS, INTERMEDIATE, HIDDEN, TOP_K = 5, 48, 80, 2
+CONFIGS = {
+    "decode 1": joint_config(decode_config(1, 2, 2, 32), decode_config(1, 4, 1, 32)),
+    "decode 4": joint_config(decode_config(4, 2, 2, 32), decode_config(4, 1, 2, 16)),
+    "prefill": joint_config(prefill_config(16, 32, 32, 2, 1), prefill_config(16, 64, 32, 4, 1)),
+}
+# Eleven experts over ranks; this one holds five of them, in another order.
+EXPERT_MAP = torch.tensor([-1, 3, -1, 1, 2, -1, -1, 0, 4, -1, -1], dtype=torch.int32)
+
+
+def routing(tokens: int, experts: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts per token, never the last one; weights that do not add up to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts - 1, generator=generator)[:TOP_K] for _ in range(tokens)])
+    return torch.rand(tokens, TOP_K, generator=generator) + 0.1, ids.to(torch.int32)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that the host wrapper allocates starts as NaN, or as numbers of pairs that do not exist."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 30)
+
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: poison(empty(*sizes, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda other: poison(empty_like(other)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, expert_map, limit",
+    [
+        (1, None, 1.5),
+        (1, EXPERT_MAP, None),
+        (3, None, None),
+        (3, EXPERT_MAP, 1.5),
+        (17, None, 1.5),
+        (17, EXPERT_MAP, 1.5),
+    ],
+    ids=["1", "1 of a rank", "3", "3 of a rank", "17", "17 of a rank"],
+)
+def test_experts(quantized, poisoned, tokens: int, dtype: torch.dtype, name: str, expert_map, limit) -> None:
+    gate_up, down = quantized(EXPERTS, 2 * INTERMEDIATE, HIDDEN), quantized(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    weights, ids = routing(tokens, EXPERTS if expert_map is None else len(EXPERT_MAP))
+    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    y = triton_moe.nl4_moe_triton(
+        x, *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, INTERMEDIATE, limit, expert_map,
+        CONFIGS[name],
+    )  # fmt: skip
+    wanted = nl4_moe_reference(x.double(), *gate_up, *down, weights, ids, limit, expert_map)
+    assert not y.isnan().any()
+    # Rounded to the dtype: the hidden values, in prefill also weights and partial sums, and the result. Relative to
+    # the largest value, since a sum of terms of both signs has no relative accuracy of its own.
+    eps = torch.finfo(dtype).eps
+    assert (y.double() - wanted).abs().max() <= 4 * eps * wanted.abs().max() + 1e-5
+
+
+def test_experts_with_amd_assembly(quantized, poisoned, amd_assembly, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call with the assembly executed gives the portable path's result, up to the order of additions."""
+    gate_up, down = quantized(EXPERTS, 2 * INTERMEDIATE, HIDDEN), quantized(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    weights, ids = routing(3, EXPERTS)
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)).half()
+    arguments = (x, *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, INTERMEDIATE, 1.5, None)
+    for name in ("decode 4", "prefill"):
+        portable = triton_moe.nl4_moe_triton(*arguments, CONFIGS[name])
+        assert not amd_assembly
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_moe, "is_amd", lambda _: True)
+            y = triton_moe.nl4_moe_triton(*arguments, CONFIGS[name])
+        assert "v_perm_b32" in amd_assembly
+        amd_assembly.clear()
+        torch.testing.assert_close(y, portable, rtol=2e-3, atol=2e-3)
+
+
+def by_expert(blocks: ExpertBlocks) -> dict[int, list[int]]:
+    """Pairs of each expert; checks what every list of blocks must be."""
+    found: dict[int, list[int]] = {}
+    for expert, pairs in zip(blocks.experts.tolist(), blocks.pairs.tolist(), strict=True):
+        if expert < 0:
+            continue
+        real = [pair for pair in pairs if pair != -1]
+        assert real == pairs[: len(real)] and real
+        found.setdefault(expert, []).extend(real)
+    return {expert: sorted(pairs) for expert, pairs in found.items()}
+
+
+@pytest.mark.parametrize("expert_map", [None, EXPERT_MAP], ids=["all experts", "expert map"])
+@pytest.mark.parametrize("block_m", [1, 2, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 7, 40, LARGEST_ALIGNED_PAIRS // TOP_K])
+def test_align_kernel_makes_the_blocks_that_sorting_makes(poisoned, tokens: int, block_m: int, expert_map) -> None:
+    _, ids = routing(tokens, len(EXPERT_MAP))
+    experts = len(EXPERT_MAP) if expert_map is None else EXPERTS
+    config = {"phase": "decode", "BLOCK_M": block_m}
+    shape = MoeShape(tokens, TOP_K, experts, HIDDEN, INTERMEDIATE, has_map=expert_map is not None)
+    if block_m == 1 and expert_map is None:
+        assert triton_moe.make_blocks(shape, config, ids, None).experts is ids  # nothing to align
+        return
+    made = triton_moe.make_blocks(shape, config, ids, expert_map)
+    sorted_ = align_by_sorting(ids, block_m, experts, expert_map)
+    wanted: dict[int, list[int]] = {}
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        local = expert if expert_map is None else int(expert_map[expert])
+        if local >= 0:
+            wanted.setdefault(local, []).append(pair)
+    assert by_expert(made) == by_expert(sorted_) == wanted
+    used = sum(-(-len(pairs) // block_m) for pairs in wanted.values())
+    assert int((made.experts >= 0).sum()) == int((sorted_.experts >= 0).sum()) == used
+
+
+def test_most_blocks_is_enough_and_reached() -> None:
+    for pairs, block_m, experts in ((16, 4, 3), (7, 4, 7), (1000, 16, 240), (5, 1, 2)):
+        # the worst routing: every expert but the last one has just begun a block
+        busy = min(pairs, experts)
+        counts = [1] * busy
+        counts[0] += pairs - busy
+        worst = sum(-(-count // block_m) for count in counts)
+        assert worst <= most_blocks(pairs, block_m, experts)
