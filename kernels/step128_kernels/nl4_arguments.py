@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from step128_kernels.codebook import CODEBOOK
+from step128_kernels.codebook import CODEBOOK, SCALE_DIVISOR
 from step128_kernels.launch import Pointer
 from step128_kernels.nl4_layout import ROWS_PER_TILE, tile_shape
 
@@ -51,7 +51,7 @@ def num_options(config: Mapping[str, int | str], prefix: str = "") -> dict[str, 
 
 @lru_cache(maxsize=8)
 def codebook_table(device: torch.device) -> torch.Tensor:
-    """float32 ``[16]`` on a device, for the portable look-up. Made when weights are loaded, never while a graph is
+    """float32 ``[16]``, the codes over 128, on a device, for the portable look-up. Made when weights are loaded, never while a graph is
     captured.
     """
-    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+    return torch.tensor(CODEBOOK, dtype=torch.float32, device=device) / SCALE_DIVISOR

@@ -24,7 +24,6 @@ from step128_kernels.codebook import GROUP_SIZE
 ROWS_PER_TILE = 16
 WEIGHTS_PER_TILE = 32  # along K, in each row of a tile
 _GROUPS_PER_TILE = WEIGHTS_PER_TILE // GROUP_SIZE
-_WEIGHTS_PER_WORD = 8  # of 32 bits
 _ZERO_BYTE = 0x88  # index 8 twice
 # Packed bytes reordered at a time. What is needed beside the result is about eight times that: 16 MiB.
 _BYTES_PER_BLOCK = 2 << 20
@@ -76,10 +75,10 @@ def _block_of_tiles(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Te
     more_groups = column_tiles * _GROUPS_PER_TILE - scale.shape[1]
     packed = torch.nn.functional.pad(packed, (0, more_groups * GROUP_SIZE // 2, 0, more_rows), value=_ZERO_BYTE)
     scale = torch.nn.functional.pad(scale, (0, more_groups, 0, more_rows))
-    words = _permute_nibbles(packed).view(torch.int64).unflatten(-1, (column_tiles, _GROUPS_PER_TILE))
-    tiles = words.unflatten(0, (row_tiles, ROWS_PER_TILE)).transpose(1, 2)
-    scales = scale.contiguous().view(torch.int32).unflatten(0, (row_tiles, ROWS_PER_TILE)).transpose(1, 2)
-    return tiles, scales
+    words = _permute_nibbles(packed).view(torch.int64)
+    tiles = words.view(row_tiles, ROWS_PER_TILE, column_tiles, _GROUPS_PER_TILE)
+    scales = scale.contiguous().view(torch.int32).view(row_tiles, ROWS_PER_TILE, column_tiles)
+    return tiles.transpose(1, 2), scales.transpose(1, 2)
 
 
 def from_kernel_layout(
@@ -136,14 +135,14 @@ def _view_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _permute_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """Checkpoint bytes (weights 2j, 2j + 1) to kernel bytes (weights j, j + 4), within every four bytes."""
-    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    halves = nibbles.unflatten(-1, (-1, 2, _WEIGHTS_PER_WORD // 2))
-    return (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
+    *lead, size = packed.shape
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1).view(*lead, size // 4, 2, 4)
+    return torch.bitwise_or(halves[..., 0, :], halves[..., 1, :] << 4).flatten(-2)
 
 
 def _restore_nibbles(words: torch.Tensor) -> torch.Tensor:
     """Undo :func:`_permute_nibbles`."""
-    quads = words.unflatten(-1, (-1, _WEIGHTS_PER_WORD // 2))
-    nibbles = torch.stack((quads & 15, quads >> 4), dim=-2).flatten(-3)
-    pairs = nibbles.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
+    *lead, size = words.shape
+    quads = words.view(*lead, size // 4, 4)
+    pairs = torch.stack((quads & 15, quads >> 4), dim=-2).view(*lead, size, 2)
+    return torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4)

@@ -13,7 +13,7 @@ import struct
 import triton
 import triton.language as tl
 
-from step128_kernels.codebook import CODEBOOK
+from step128_kernels.codebook import CODEBOOK, SCALE_DIVISOR
 
 PERMUTE = tl.constexpr("v_perm_b32 $0, $1, $2, $3")
 PERMUTE_CONSTRAINTS = tl.constexpr("=v,v,v,v")
@@ -25,6 +25,7 @@ DOT2_CONSTRAINTS = tl.constexpr("=v,v,v,v")
 CODE_OFFSET = tl.constexpr(128)
 """Added to codes that are handled as unsigned bytes: ``v_cvt_f32_ubyte`` costs one instruction, signed bytes two."""
 
+_DIVISOR = tl.constexpr(float(SCALE_DIVISOR))
 _LOW_THREE_BITS = tl.constexpr(0x07070707)
 _TOP_BIT_AS_FOUR = tl.constexpr(0x04040404)
 _OWN_BYTE = tl.constexpr(0x03020100)
@@ -38,10 +39,10 @@ def _words(table: bytes) -> tl.constexpr:
 
 
 def _bits16(dtype: str) -> list[bytes]:
-    """The codes as little-endian 16-bit floats; both types hold integers up to 127 exactly."""
+    """The codes over 128 as little-endian 16-bit floats; both types hold them exactly."""
     if dtype == "fp16":
-        return [struct.pack("<e", float(code)) for code in CODEBOOK]
-    return [struct.pack("<f", float(code))[2:] for code in CODEBOOK]
+        return [struct.pack("<e", code / SCALE_DIVISOR) for code in CODEBOOK]
+    return [struct.pack("<f", code / SCALE_DIVISOR)[2:] for code in CODEBOOK]
 
 
 _BYTES = _words(bytes(code + 128 for code in CODEBOOK))
@@ -80,7 +81,7 @@ def _pairs_of(low_table: tl.constexpr, high_table: tl.constexpr, index, upper_ha
 
 @triton.jit
 def code_pairs(word, FP16: tl.constexpr):
-    """Eight codes of an int32 word of a tile as four int32, each two 16-bit floats: weights (0, 1) .. (6, 7).
+    """Eight codes of an int32 word of a tile, over 128, as four int32 of two 16-bit floats: weights (0, 1) .. (6, 7).
 
     23 VALU instructions for 8 weights. AMD only: elsewhere see :func:`code`.
     """
@@ -98,7 +99,7 @@ def code_pairs(word, FP16: tl.constexpr):
 
 @triton.jit
 def code(word, weight: tl.constexpr, codebook_ptr):
-    """The float32 code of weight 0..7 of an int32 word of a tile, read from a table of 16 float32."""
+    """The code of weight 0..7 of an int32 word of a tile, over 128, from a table of 16 float32."""
     index = (word >> (8 * (weight % 4) + 4 * (weight // 4))) & 15
     return tl.load(codebook_ptr + index)
 
@@ -117,8 +118,8 @@ def code_bytes(word, codebook_ptr, AMD: tl.constexpr):
     else:
         low, high = tl.zeros_like(word), tl.zeros_like(word)
         for byte in tl.static_range(4):
-            low |= (code(word, byte, codebook_ptr) + CODE_OFFSET).to(tl.int32) << (8 * byte)
-            high |= (code(word, byte + 4, codebook_ptr) + CODE_OFFSET).to(tl.int32) << (8 * byte)
+            low |= (code(word, byte, codebook_ptr) * _DIVISOR + CODE_OFFSET).to(tl.int32) << (8 * byte)
+            high |= (code(word, byte + 4, codebook_ptr) * _DIVISOR + CODE_OFFSET).to(tl.int32) << (8 * byte)
     return low, high
 
 

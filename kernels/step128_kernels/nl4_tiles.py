@@ -99,7 +99,7 @@ def decode_rows(
         x_offsets: [BLOCK_M], in int64 words, where each activation row starts.
         tiles_ptr, scales_ptr: a weight in kernel layout.
         offsets: [REPEAT, LANES] places of the rows in ``scales`` (:func:`tile_offsets` at column tile 0).
-        codebook_ptr: float32 [16].
+        codebook_ptr: float32 [16], the codes over 128.
         k: columns of the weight.
         EVEN_K: K is a multiple of 32 * SPLIT_K: no masks.
         ELEMENT: "bf16", "fp16" or "fp32", the activations' type ("fp32" not with AMD).
@@ -134,7 +134,7 @@ def decode_rows(
         tile_ptrs += SPLIT_K * (_ROWS_PER_TILE * 2)
         scale_ptrs += SPLIT_K * _ROWS_PER_TILE
         x_ptrs += SPLIT_K * (2 * WORDS)
-    return tl.sum(total, axis=2) * (1.0 / _DIVISOR)
+    return tl.sum(total, axis=2)
 
 
 @triton.jit
@@ -186,6 +186,19 @@ def dense_tiles(
     else:
         dense = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(dense, (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def to_element(values, ELEMENT: tl.constexpr):
+    """float32 to ELEMENT; to bfloat16 with ties away from zero, in two instructions instead of Triton's 5.5."""
+    if ELEMENT == "bf16":
+        bits = (values.to(tl.int32, bitcast=True) + _ROUND_HALF_UP) >> 16
+        element = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif ELEMENT == "fp16":
+        element = values.to(tl.float16)
+    else:
+        element = values
+    return element
 
 
 @triton.jit

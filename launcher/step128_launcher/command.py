@@ -14,6 +14,7 @@ PLUGIN_NAME = "step128"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 MIDDLEWARE = "step128_launcher.middleware.RequireApiKey"
 LOAD_REPORT_VARIABLE = "STEP128_LOAD_REPORT_DIR"
+TUNED_CONFIGS_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 
 # VLLM_CPU_KVCACHE_SPACE would override --kv-cache-memory-bytes; STEP128_API_KEY is ours and none of vLLM's business.
 UNSET_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "STEP128_API_KEY")
@@ -25,7 +26,8 @@ class Server:
 
     `measure_memory` leaves the KV cache's size to vLLM: only then does its log tell the peak of activations and what
     the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py). `chat_template` is the
-    checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none.
+    checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none. `tuned_configs` is our
+    folder of block sizes for vLLM's own experts kernel, which an unquantized checkpoint runs with; None: there is none.
     """
 
     model: Path
@@ -36,6 +38,7 @@ class Server:
     shutdown_timeout_seconds: int
     measure_memory: bool = False
     chat_template: Path | None = None
+    tuned_configs: Path | None = None
 
     @property
     def base_url(self) -> str:
@@ -102,7 +105,8 @@ def _kv_cache_size(plan: Plan, server: Server) -> list[str]:
 def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what is added to the environment, without the API key.
 
-    A variable of the profile that the user has set already (in `base`) stays as it is. PYTHONSAFEPATH: with `-m` the
+    A variable of the profile that the user has set already (in `base`) stays as it is, and so does the folder of tuned
+    configs, which a profile may name too. PYTHONSAFEPATH: with `-m` the
     working directory would come first on the import path, and a folder `docker` or `kernels` there would be taken for
     the package of that name.
     """
@@ -112,7 +116,10 @@ def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
     }
-    return changes | {name: value for name, value in plan.environment if name not in base}
+    suggested = dict(plan.environment)
+    if plan.device != "cpu" and server.tuned_configs is not None:
+        suggested = {TUNED_CONFIGS_VARIABLE: str(server.tuned_configs)} | suggested
+    return changes | {name: value for name, value in suggested.items() if name not in base}
 
 
 def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_key: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from step128_launcher.api_key import find_api_key
-from step128_launcher.command import Server, server_argv, server_environment
+from step128_launcher.command import Server, environment_changes, server_argv, server_environment
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.middleware import RequireApiKey
@@ -119,6 +119,17 @@ def test_environment(plan: Plan) -> None:
         "PYTHONSAFEPATH": "1",
     }
     assert "secret" not in " ".join(server_argv(plan, SERVER))
+
+
+def test_tuned_configs_go_to_vllm_on_a_gpu_unless_the_user_names_others(plan: Plan) -> None:
+    name, server = "VLLM_TUNED_CONFIG_FOLDER", replace(SERVER, tuned_configs=Path("/configs/tuned/vllm"))
+    gpu = replace(plan, device="rocm", environment=())
+    assert environment_changes(gpu, server, {})[name] == "/configs/tuned/vllm"
+    assert name not in environment_changes(gpu, SERVER, {})
+    assert name not in environment_changes(plan, server, {})
+    assert server_environment({name: "/mine"}, gpu, server, "k")[name] == "/mine"
+    profiled = replace(gpu, environment=((name, "/profile"),))
+    assert environment_changes(profiled, server, {})[name] == "/profile"
 
 
 @pytest.mark.parametrize("plugins", ["", "other", "step1289"])

@@ -81,6 +81,26 @@ def test_the_table_s_figures(row: tuple[int, str, bool, int], real_model: RealMo
     assert found == pytest.approx(TABLE[row], rel=0.01, abs=0.005)
 
 
+@pytest.mark.parametrize("tokens", [1024, 2048, 16384])
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_activations_hold_what_our_experts_kernels_need(
+    ranks: int, expert_parallel: bool, tokens: int, real_model: RealModel, profile_of: ProfileOf
+) -> None:
+    """A full batch in bfloat16; the few tokens whose partial results are float32 need far less."""
+    footprint = real_model("all-linears")
+    hidden, top_k = footprint.config.hidden_size, footprint.config.experts_per_token
+    intermediate = 1280 if expert_parallel else 1280 // ranks
+
+    def scratch_bytes(tokens: int, partial_bytes: int) -> int:
+        """SwiGLU's results and the partial ones, for each pair of token and expert; two rows a token."""
+        return tokens * (top_k * (2 * intermediate + partial_bytes * hidden) + 2 * 2 * hidden)
+
+    load = Load("bfloat16", ranks, 0, 1, tokens, False, "TRITON_ATTN", expert_parallel, False)
+    lines = {line.name: line.total_bytes for line in Ledger(footprint, profile_of("quad-r9700")).lines(load)}
+    assert scratch_bytes(32, 4) < scratch_bytes(tokens, 2) < lines["activations"] == tokens * hidden * 22 * 2
+
+
 # Machine, policy, images, KV dtype -> whether 204800 tokens with MTP 3 fit.
 VERDICTS = {
     ("quad-r9700", "experts", True, "fp8"): False,

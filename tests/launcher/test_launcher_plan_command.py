@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from step128_launcher import cli
 from step128_launcher.commands import plan_json, planned
+from step128_launcher.configs_dir import find_configs_dir
 from step128_launcher.errors import ExitCode
 from step128_launcher.model import checkpoint
 
@@ -44,6 +46,20 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, output.out, output.err
 
     return plan
+
+
+def test_our_tuned_configs_go_to_vllm(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(find_configs_dir({}), configs, ignore=shutil.ignore_patterns("tuned"))
+    monkeypatch.setenv("STEP128_CONFIGS_DIR", str(configs))
+
+    def folder() -> str | None:
+        value: str | None = json.loads(run(str(REAL_MODEL), "--json")[1])["environment"].get("VLLM_TUNED_CONFIG_FOLDER")
+        return value
+
+    assert folder() is None
+    (configs / "tuned/vllm").mkdir(parents=True)
+    assert folder() == str(configs / "tuned/vllm")
 
 
 def documented(text: str) -> dict[str, Any]:
@@ -233,3 +249,8 @@ def test_models_that_are_not_there_or_broken(run: Run, tmp_path: Path) -> None:
     assert run(str(tmp_path))[0] == ExitCode.BAD_CHECKPOINT
     assert run(str(tmp_path / "config.json"))[0] in (ExitCode.INPUT_NOT_FOUND, ExitCode.BAD_CHECKPOINT)
     assert cli.main(["plan", str(REAL_MODEL), "--machine", str(MACHINES / "no-gpu")]) == ExitCode.BAD_CHECKPOINT
+
+
+def test_a_plan_for_a_gpu_says_that_our_kernels_were_not_measured_there(run: Run) -> None:
+    warnings = json.loads(run(str(REAL_MODEL), "--json")[1])["warnings"]
+    assert [text for text in warnings if "NL4 kernels have not run on gfx1201 here" in text]

@@ -158,6 +158,17 @@ def test_each_difference_is_found(case: str, plan: Plan, footprint: ModelFootpri
     assert text in found[name].detail
 
 
+def test_on_a_gpu_our_kernels_must_compute(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:
+    gpu = replace(plan, device="rocm")
+    for path, outcome in {"triton": Outcome.PASS, "torch": Outcome.FAIL, "torch+triton": Outcome.FAIL}.items():
+        checks = verify(gpu, footprint, "m", _target(weight_path=path)(good, gpu))
+        found = {check.name: check for check in checks}
+        assert found["weight_path"].outcome is outcome, found["weight_path"]
+    plain = replace(footprint, quantization=None)
+    found = {check.name: check for check in verify(gpu, plain, "m", _target(weight_path=None)(good, gpu))}
+    assert found["weight_path"].outcome is Outcome.PASS
+
+
 def test_draft_must_be_absent_when_mtp_is_off(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:
     off = replace(plan, num_speculative_tokens=0)
     found = {check.name: check for check in verify(off, footprint, "m", good)}

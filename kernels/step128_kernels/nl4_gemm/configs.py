@@ -12,10 +12,10 @@ from step128_kernels.tuning import Config, TunedTable, load_config
 KERNEL = "nl4_gemm"
 
 
-def decode_config(block_m: int, repeat: int, split_k: int, lanes: int) -> Config:
+def decode_config(block_m: int, repeat: int, split_k: int, lanes: int, waves_per_eu: int = 0) -> Config:
     """One warp for every 32 lanes, so that each lane owns ``repeat`` weight rows of one part of K.
 
-    Eight activation rows would take so many registers that fewer than eight waves fit a SIMD: the compiler is told.
+    With ``waves_per_eu`` the compiler keeps registers low enough for that many waves on a SIMD.
     """
     return {
         "phase": "decode",
@@ -24,7 +24,7 @@ def decode_config(block_m: int, repeat: int, split_k: int, lanes: int) -> Config
         "SPLIT_K": split_k,
         "LANES": lanes,
         "num_warps": split_k * lanes // 32,
-        "waves_per_eu": 8 if block_m == 8 else 0,
+        "waves_per_eu": waves_per_eu,
     }
 
 
@@ -64,7 +64,8 @@ def gemm_candidates(phase: str, n: int, k: int, m: int) -> Iterator[Config]:
             for split_k in fits:
                 for repeat in (1, 2, 4):
                     if repeat * lanes <= n:
-                        yield decode_config(block_m, repeat, split_k, lanes)
+                        for waves_per_eu in (0, 8) if block_m * repeat > 8 else (0,):
+                            yield decode_config(block_m, repeat, split_k, lanes, waves_per_eu)
         return
     for block_m, block_n, block_k, num_warps in (
         (16, 32, 64, 2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from step128_kernels.nl4_tiles import decode_rows, tile_offsets
+from step128_kernels.nl4_tiles import decode_rows, tile_offsets, to_element
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -48,4 +48,4 @@ def nl4_gemm_decode_kernel(
     mask = token[:, None, None] < m
     if not EVEN_N:
         mask = mask & (column < n)
-    tl.store(y_ptr + token[:, None, None] * n + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + token[:, None, None] * n + column, to_element(y, ELEMENT), mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from step128_kernels.nl4_tiles import dense_tiles, tile_offsets
+from step128_kernels.nl4_tiles import dense_tiles, tile_offsets, to_element
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -54,4 +54,4 @@ def nl4_gemm_prefill_kernel(
         x_ptrs += BLOCK_K
         offsets += BLOCK_K // 32 * 16
     mask = (token < m)[:, None] & (column < n)[None, :]
-    tl.store(y_ptr + token[:, None] * n + column[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + token[:, None] * n + column[None, :], to_element(total, ELEMENT), mask=mask)

@@ -52,7 +52,7 @@ def moe_candidates(phase: str, shape: MoeShape) -> Iterator[Config]:
         if shape.tokens > 32:
             return
         block_m = min(shape.tokens, 8)
-        for gate_up in _decode(block_m, (1, 2), shape.hidden, 2 * shape.intermediate):
+        for gate_up in _decode(block_m, (1, 2), shape.hidden, shape.intermediate, 2):
             for down in _decode(block_m, (1, 2, 4), shape.intermediate, shape.hidden):
                 yield joint_config(gate_up, down)
         return
@@ -65,9 +65,9 @@ def moe_candidates(phase: str, shape: MoeShape) -> Iterator[Config]:
                 )
 
 
-def _decode(block_m: int, repeats: tuple[int, ...], k: int, n: int) -> Iterator[Config]:
-    """One kernel's part: those that cut K into equal parts, if there are any."""
+def _decode(block_m: int, repeats: tuple[int, ...], k: int, n: int, parts: int = 1) -> Iterator[Config]:
+    """One kernel's part: those that cut K into equal parts, if there are any; ``parts`` rows a lane for each repeat."""
     for split_k in [s for s in (1, 2, 4, 8, 16) if k % (32 * s) == 0] or [1]:
         for repeat in repeats:
             if repeat * 32 <= n:
-                yield decode_config(block_m, repeat, split_k, 32)
+                yield decode_config(block_m, repeat, split_k, 32, 8 if block_m * repeat * parts > 16 else 0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from step128_kernels.nl4_moe.epilogue import clamped_swiglu
-from step128_kernels.nl4_tiles import decode_rows, tile_offsets
+from step128_kernels.nl4_tiles import decode_rows, tile_offsets, to_element
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def nl4_moe_gate_up_decode_kernel(
         if not EVEN_N:
             mask = mask & (column < n)
         place = hidden_ptr + pair[:, None, None] * n + column
-        tl.store(place, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, to_element(hidden, ELEMENT), mask=mask)
 
 
 @triton.jit
@@ -121,4 +121,4 @@ def nl4_moe_down_decode_kernel(
         if not EVEN_N:
             mask = mask & (column < n)[None, :, :]
         place = partial_ptr + pair[:, None, None] * n + column[None, :, :]
-        tl.store(place, y.to(partial_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, y, mask=mask)

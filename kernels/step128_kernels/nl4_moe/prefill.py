@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from step128_kernels.nl4_moe.epilogue import clamped_swiglu
-from step128_kernels.nl4_tiles import dense_tiles, tile_offsets
+from step128_kernels.nl4_tiles import dense_tiles, tile_offsets, to_element
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def nl4_moe_gate_up_prefill_kernel(
         hidden = clamped_swiglu(gate, up, LIMIT)
         mask = (pair >= 0)[:, None] & (column < n)[None, :]
         place = hidden_ptr + pair[:, None] * n + column[None, :]
-        tl.store(place, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, to_element(hidden, ELEMENT), mask=mask)
 
 
 @triton.jit
@@ -132,4 +132,4 @@ def nl4_moe_down_prefill_kernel(
         total = total * tl.load(topk_weights_ptr + row)[:, None]
         mask = (pair >= 0)[:, None] & (column < n)[None, :]
         place = partial_ptr + pair[:, None] * n + column[None, :]
-        tl.store(place, total.to(partial_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, to_element(total, ELEMENT), mask=mask)

@@ -79,7 +79,7 @@ def nl4_moe_triton(
         ``[tokens, hidden]`` in the dtype of ``x``; sums are formed in float32.
     """
     tokens, hidden_size = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty(tokens, hidden_size, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
     element, amd = ELEMENTS[x.dtype], is_amd(x)

@@ -17,8 +17,8 @@ import torch
 import vllm
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-from step128_kernels.nl4_gemm import WEIGHT_PATH
 from step128_kernels.vllm_plugin.components import component_of_module
+from step128_kernels.vllm_plugin.kernel_layout import weight_order, weight_path
 from step128_kernels.vllm_plugin.kv_scales import scales_in_effect
 from step128_kernels.vllm_plugin.moe import NL4MoEMethod
 from step128_kernels.vllm_plugin.quantization import NL4Config, NL4LinearMethod
@@ -36,6 +36,25 @@ def quantized_modules(model: torch.nn.Module) -> dict[str, int]:
             if component is not None:
                 counts[component] += 1
     return dict(sorted(counts.items()))
+
+
+def weights_in_use(model: torch.nn.Module) -> dict[str, str | None]:
+    """``weight_path`` and ``weight_order`` of the model's NL4 weights; several values joined by a plus sign.
+
+    Both are None for a model without an NL4 weight.
+    """
+    prefixes = {NL4LinearMethod: "weight", NL4MoEMethod: "w13_weight"}
+    weights = [
+        (module, prefix)
+        for module in model.modules()
+        for method, prefix in prefixes.items()
+        if isinstance(getattr(module, "quant_method", None), method)
+    ]
+    found = {
+        "weight_path": {weight_path(*weight) for weight in weights},
+        "weight_order": {weight_order(*weight) for weight in weights},
+    }
+    return {key: "+".join(sorted(value for value in values if value)) or None for key, values in found.items()}
 
 
 def build(model: torch.nn.Module, vllm_config: Any, role: str, load_seconds: float) -> dict[str, Any]:
@@ -59,7 +78,7 @@ def build(model: torch.nn.Module, vllm_config: Any, role: str, load_seconds: flo
         "model_class": type(model).__name__,
         "quant_method": nl4.get_name() if nl4 else None,
         "policy": nl4.policy if nl4 else None,
-        "weight_path": WEIGHT_PATH if nl4 else None,
+        **weights_in_use(model),
         "quantized_modules": quantized_modules(model),
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
         "kv_scales": scales_in_effect(model),

@@ -12,7 +12,8 @@ from vllm.platforms import current_platform
 
 from step128_kernels.codebook import GROUP_SIZE
 from step128_kernels.nl4_moe.reference import route
-from step128_kernels.vllm_plugin.ops import nl4_moe_op
+from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout
+from step128_kernels.vllm_plugin.ops import nl4_moe_op, nl4_moe_tiled_op
 
 # vLLM 0.32 knows one clamp for routed experts and asserts it when it builds the layer.
 _SWIGLUSTEP_LIMIT = 7.0
@@ -37,11 +38,14 @@ def route_tokens(layer: Any, router_logits: torch.Tensor) -> tuple[torch.Tensor,
 
 
 class NL4MoEMethod(FusedMoEMethodBase):
-    """Experts as ``w13_weight_packed/_scale`` (gate rows, then up rows) and ``w2_weight_packed/_scale``."""
+    """Experts as ``w13_weight_packed/_scale`` (gate rows, then up rows) and ``w2_weight_packed/_scale``.
+
+    After loading, on a GPU, ``w13_weight_tiles/_scales`` and ``w2_weight_tiles/_scales`` instead.
+    """
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -58,6 +62,7 @@ class NL4MoEMethod(FusedMoEMethodBase):
                 f"step128: an expert has {intermediate_size_per_partition} intermediate channels per rank; NL4 needs "
                 f"a multiple of {GROUP_SIZE}. Use a smaller tensor parallel size."
             )
+        layer.nl4_intermediate = intermediate_size_per_partition
         matrices = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
@@ -75,6 +80,10 @@ class NL4MoEMethod(FusedMoEMethodBase):
         parameter = torch.nn.Parameter(data, requires_grad=False)
         layer.register_parameter(name, parameter)
         set_weight_attrs(parameter, attributes)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Reorder the experts for the kernels, on a GPU."""
+        use_kernel_layout(layer, "w13_weight", "w2_weight")
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """No description for vLLM's own kernels: ours is called directly."""
@@ -102,15 +111,20 @@ class NL4MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts; vLLM runs the shared expert itself."""
-        y: torch.Tensor = nl4_moe_op(
-            x,
-            layer.w13_weight_packed,
-            layer.w13_weight_scale,
-            layer.w2_weight_packed,
-            layer.w2_weight_scale,
-            topk_weights,
-            topk_ids,
-            swiglu_limit(layer),
-            layer.expert_map,
-        )
+        routing = (topk_weights, topk_ids)
+        y: torch.Tensor
+        if in_kernel_layout(layer, "w13_weight"):
+            gate_up, down = (
+                (layer.w13_weight_tiles, layer.w13_weight_scales),
+                (layer.w2_weight_tiles, layer.w2_weight_scales),
+            )
+            y = nl4_moe_tiled_op(
+                x, *gate_up, *down, *routing, layer.nl4_intermediate, swiglu_limit(layer), layer.expert_map
+            )
+        else:
+            gate_up, down = (
+                (layer.w13_weight_packed, layer.w13_weight_scale),
+                (layer.w2_weight_packed, layer.w2_weight_scale),
+            )
+            y = nl4_moe_op(x, *gate_up, *down, *routing, swiglu_limit(layer), layer.expert_map)
         return y

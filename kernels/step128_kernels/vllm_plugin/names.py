@@ -27,6 +27,9 @@ _RENAMES = (
     (re.compile(r"\.attn\.qkv_proj\.(?=weight|bias)"), ".attn.in_proj_"),
     (re.compile(r"\.mlp\.fc1\."), ".mlp.c_fc."),
     (re.compile(r"\.mlp\.fc2\."), ".mlp.c_proj."),
+    # A weight in the kernels' order, when a running server loads its checkpoint again.
+    (re.compile(r"(?<=weight)_tiles$"), "_packed"),
+    (re.compile(r"(?<=weight)_scales$"), "_scale"),
 )
 
 KV_SCALE_NAME = re.compile(r"^model\.layers\.(?P<layer>\d+)\.self_attn\.(?P<which>[kv])_proj\.(?P=which)_scale$")

@@ -22,18 +22,22 @@ from step128_kernels.codebook import CODEBOOK, FORMAT_VERSION, GROUP_SIZE
 from step128_kernels.torch_codebook import dequantize
 from step128_kernels.vllm_plugin import QUANT_METHOD
 from step128_kernels.vllm_plugin.components import component_of_module
+from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout
 from step128_kernels.vllm_plugin.kv_scales import NL4KVCacheMethod
 from step128_kernels.vllm_plugin.moe import NL4MoEMethod
-from step128_kernels.vllm_plugin.ops import nl4_linear_op
+from step128_kernels.vllm_plugin.ops import nl4_embedding_tiled_op, nl4_linear_op, nl4_linear_tiled_op
 
 
 @register_weight_loader_v2_supported_method
 class NL4LinearMethod(LinearMethodBase):
-    """NL4 weight of a linear layer, a language-model head or an embedding: ``weight_packed`` and ``weight_scale``."""
+    """NL4 weight of a linear layer, a language-model head or an embedding: ``weight_packed`` and ``weight_scale``.
+
+    After loading, on a GPU, ``weight_tiles`` and ``weight_scales`` instead.
+    """
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -52,22 +56,36 @@ class NL4LinearMethod(LinearMethodBase):
                 f"NL4 needs a multiple of {GROUP_SIZE}. Use a smaller tensor parallel size."
             )
         rows = sum(output_partition_sizes)
+        layer.nl4_rows, layer.nl4_columns = rows, input_size_per_partition
         dimensions = {"input_dim": 1, "output_dim": 0, "weight_loader": extra_weight_attrs.get("weight_loader")}
         packed = torch.empty(rows, input_size_per_partition // 2, dtype=torch.uint8)
         scale = torch.empty(rows, input_size_per_partition // GROUP_SIZE, dtype=torch.float16)
         layer.register_parameter("weight_packed", ModelWeightParameter(data=packed, **dimensions))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scale, **dimensions))
 
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Reorder the weight for the kernels, on a GPU."""
+        use_kernel_layout(layer, "weight")
+
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ W.T + bias``: ``[..., K]`` to ``[..., N]``."""
-        y: torch.Tensor = nl4_linear_op(x, layer.weight_packed, layer.weight_scale)
+        y: torch.Tensor
+        if in_kernel_layout(layer, "weight"):
+            y = nl4_linear_tiled_op(x, layer.weight_tiles, layer.weight_scales, layer.nl4_rows)
+        else:
+            y = nl4_linear_op(x, layer.weight_packed, layer.weight_scale)
         return y if bias is None else y + bias
 
     def embedding(self, layer: torch.nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight: integer ``[...]`` to ``[..., K]`` in the layer's dtype."""
+        dtype: Any = layer.params_dtype
+        if in_kernel_layout(layer, "weight"):
+            y: torch.Tensor = nl4_embedding_tiled_op(
+                token_ids, layer.weight_tiles, layer.weight_scales, layer.nl4_columns, dtype
+            )
+            return y
         packed: Any = layer.weight_packed
         scale: Any = layer.weight_scale
-        dtype: Any = layer.params_dtype
         return dequantize(packed[token_ids], scale[token_ids], dtype)
 
 

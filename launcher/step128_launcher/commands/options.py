@@ -80,11 +80,6 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         help="let vLLM size the KV cache once, so that `step128 calibrate` can read what the rest takes (GPU)",
     )
     serve.add_argument(
-        "--allow-reference-kernels",
-        action="store_true",
-        help="serve NL4 on a GPU although this release has only the slow torch reference there",
-    )
-    serve.add_argument(
         "--service",
         action=argparse.BooleanOptionalAction,
         default=None,

@@ -47,7 +47,7 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
     if options.dry_run:
         check_plugin_allowed(os.environ)
         planned = make_planned(options)
-        _check_servable(options, planned)
+        _check_servable(planned)
         print_dry_run(options, planned)
         return ExitCode.OK
     service = _is_service(options)
@@ -83,7 +83,7 @@ def _serve(
 ) -> ExitCode:
     check_plugin_allowed(os.environ)
     planned = make_planned(options, with_fallbacks=True)
-    _check_servable(options, planned)
+    _check_servable(planned)
     if stop:
         return ExitCode.OK
     if planned.plan.device != "cpu":
@@ -105,20 +105,13 @@ def _serve(
         return _run(options, planned, folder, status, progress, stop, service)
 
 
-def _check_servable(options: argparse.Namespace, planned: Planned) -> None:
+def _check_servable(planned: Planned) -> None:
     quantization = planned.footprint.quantization
     if quantization is not None and quantization.method not in _SERVED_METHODS:
         raise CheckpointError(
             f"{planned.footprint.path} is quantized with {quantization.method}; step128 plans such a checkpoint but "
             "serves NL4 and unquantized ones only: nothing would check that its weights and scales took effect.",
             "Start vLLM with it by hand (`step128 plan --dry-run` prints the flags), or quantize the bf16 checkpoint.",
-        )
-    if planned.plan.device != "cpu" and quantization is not None and not options.allow_reference_kernels:
-        raise LauncherError(
-            ExitCode.UNSUPPORTED_HARDWARE,
-            "This release has no GPU kernels for NL4: the torch reference would unpack whole weights, slowly and in "
-            "memory that the plan does not count.",
-            "To try it on a small checkpoint all the same: --allow-reference-kernels.",
         )
 
 

@@ -151,7 +151,9 @@ class Ledger:
     def _activations(self, load: Load, measured: Measurement | None) -> MemoryLine:
         """Return the peak of one step: the larger of a full text batch and of the largest image.
 
-        Text: the experts' workspaces (two, [tokens, experts a token, hidden]) and about six hidden-sized buffers.
+        Text: the experts' workspaces (two, [tokens, experts a token, hidden]) and about six hidden-sized buffers. For
+        NL4 on a GPU that is an upper bound: the workspaces are [tokens, experts a token, hidden + intermediate of the
+        rank] there (nl4_moe/triton_moe.py; a few tokens take float32, which is far less than a full batch).
         Images: as many of the largest as max_num_batched_tokens holds go through the tower at once (vLLM's encoder
         budget, v1/core/encoder_cache_manager.py). One was fitted to the peak of vLLM's real tower, traced on the meta
         device at 1, 2 and 4 ranks (error below 1 %).

@@ -18,8 +18,8 @@ def plan_warnings(
     quantization = footprint.quantization
     if budget.gpus and quantization is not None and quantization.method == "nl4":
         found.append(
-            "This release has no GPU kernels for NL4 yet. The plan is for kernels that unpack in registers; "
-            "`step128 serve` refuses, since the torch reference unpacks whole weights in memory not counted here."
+            f"Our NL4 kernels have not run on {budget.gpus[0].target or 'such a GPU'} here: their speed and the memory "
+            "they take there are not measured."
         )
     if budget.gpus and best.kv_cache_dtype == "fp8" and budget.gpus[0].target in _FP8_KV_UNVERIFIED:
         found.append(

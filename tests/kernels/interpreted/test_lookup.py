@@ -64,9 +64,9 @@ def all_words() -> torch.Tensor:
 
 
 def codes_by_hand(words: torch.Tensor) -> np.ndarray:
-    """[words, 8]: weight j (0..3) is byte j's low nibble, weight j + 4 its high nibble."""
+    """[words, 8], codes over 128: weight j (0..3) is byte j's low nibble, weight j + 4 its high nibble."""
     each = words.numpy().view(np.uint8).reshape(-1, 4)
-    return np.asarray(CODEBOOK)[np.concatenate((each & 15, each >> 4), axis=1)]
+    return np.asarray(CODEBOOK)[np.concatenate((each & 15, each >> 4), axis=1)] / 128
 
 
 def test_portable_codes() -> None:
@@ -90,7 +90,7 @@ def test_code_bytes(amd_assembly: dict[str, int], amd: bool) -> None:
     words = all_words()
     out = torch.zeros(words.numel(), 2, dtype=torch.int32)
     bytes_kernel[(1,)](words, codebook_table(CPU), out, COUNT=words.numel(), AMD=amd)
-    assert np.array_equal(out.numpy().view(np.uint8).astype(int) - 128, codes_by_hand(words))
+    assert np.array_equal((out.numpy().view(np.uint8) - 128.0) / 128, codes_by_hand(words))
     assert amd_assembly == ({"v_perm_b32": 6} if amd else {})
 
 
@@ -101,8 +101,8 @@ def test_dot2_of_every_code_with_every_activation(amd_assembly: dict[str, int], 
     activation = x16.to(torch.int16).view(dtype).double()
     count = 1 << 16
     total = torch.zeros(count)
-    for code in CODEBOOK:
-        bits = int(torch.tensor([float(code), 0.0], dtype=dtype).view(torch.int32)[0])
+    for code in (entry / 128 for entry in CODEBOOK):
+        bits = int(torch.tensor([code, 0.0], dtype=dtype).view(torch.int32)[0])
         product = activation * code
         for shift in (0, 16):
             w = torch.full((count,), bits << shift, dtype=torch.int64).to(torch.int32)
@@ -120,7 +120,7 @@ def test_dot2_of_pairs_lies_within_what_the_document_allows(amd_assembly, kind: 
     """And the portable twin, in whatever order it adds, lies within the rounding of two float32 additions of it."""
     generator = torch.Generator().manual_seed(0)
     count = 1 << 14
-    codes = torch.tensor(CODEBOOK, dtype=dtype)
+    codes = (torch.tensor(CODEBOOK) / 128).to(dtype)
     w = codes[torch.randint(0, 16, (count, 2), generator=generator)]
     x = (torch.randn(count, 2, generator=generator) * 4).to(dtype)
     total = torch.randn(count, generator=generator) * 100
@@ -141,7 +141,7 @@ def test_wrong_assembly_does_not_pass(amd_assembly, monkeypatch: pytest.MonkeyPa
     words = all_words()
     out = torch.zeros(words.numel(), 2, dtype=torch.int32)
     bytes_kernel[(1,)](words, codebook_table(CPU), out, COUNT=words.numel(), AMD=True)
-    assert not np.array_equal(out.numpy().view(np.uint8).astype(int) - 128, codes_by_hand(words))
+    assert not np.array_equal((out.numpy().view(np.uint8) - 128.0) / 128, codes_by_hand(words))
 
 
 def test_permute_takes_the_low_word_first(amd_assembly) -> None:

@@ -61,7 +61,7 @@ def test_a_service_told_before_it_is_held_does_not_stay() -> None:
 def test_a_signal_while_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default handler would end the process by the signal; nothing is started after it."""
     monkeypatch.setattr(serving, "make_planned", lambda options, with_fallbacks: end())
-    monkeypatch.setattr(serving, "_check_servable", lambda options, planned: None)
+    monkeypatch.setattr(serving, "_check_servable", lambda planned: None)
     options = argparse.Namespace(dry_run=False, service=False, metrics_port=0)
     handler = signal.getsignal(signal.SIGTERM)
     assert serving.run_serve(options) is ExitCode.OK

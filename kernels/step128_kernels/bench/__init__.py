@@ -1,0 +1,1 @@
+"""Our kernels against vLLM's and against a plain copy, on whatever GPU is there; correctness first."""
