@@ -51,7 +51,8 @@ def num_options(config: Mapping[str, int | str], prefix: str = "") -> dict[str, 
 
 @lru_cache(maxsize=8)
 def codebook_table(device: torch.device) -> torch.Tensor:
-    """float32 ``[16]``, the codes over 128, on a device, for the portable look-up. Made when weights are loaded, never while a graph is
-    captured.
+    """float32 ``[16]``, the codes over 128, on a device, for the portable look-up.
+
+    Made when weights are loaded, never while a graph is captured.
     """
     return torch.tensor(CODEBOOK, dtype=torch.float32, device=device) / SCALE_DIVISOR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -10,6 +11,8 @@ from step128_kernels.device import gpu_identity
 from step128_kernels.tuning import Config, TunedTable, load_config
 
 KERNEL = "nl4_gemm"
+MOST_DECODE_ROWS = 16
+"""Beyond these the decode kernel is not tried: it looks every weight up again for eight rows."""
 
 
 def decode_config(block_m: int, repeat: int, split_k: int, lanes: int, waves_per_eu: int = 0) -> Config:
@@ -55,27 +58,26 @@ def gemm_table(n: int, k: int, device: torch.device) -> TunedTable:
     return load_config(KERNEL, {"N": n, "K": k}, name, arch, default=DEFAULT)
 
 
+# BLOCK_M, BLOCK_N, num_warps worth trying; BLOCK_K is 64, so that a lane of WMMA's layout reads 128 bits of weights
+_PREFILL_SIZES = ((16, 32, 2), (16, 64, 4), (32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+
+
 def gemm_candidates(phase: str, n: int, k: int, m: int) -> Iterator[Config]:
     """Configs worth trying for ``m`` rows; in decode only those that cut K into equal parts, if there are any."""
-    if phase == "decode":
+    if phase == "prefill":
+        for (block_m, block_n, num_warps), num_stages in product(_PREFILL_SIZES, (1, 2)):
+            if block_m <= max(16, m):
+                yield prefill_config(block_m, block_n, 64, num_warps, num_stages)
+    elif m <= MOST_DECODE_ROWS:
         block_m = min(m, 8)
-        for lanes in (16, 32):
-            fits = [s for s in (1, 2, 4, 8, 16) if k % (32 * s) == 0 and s * lanes >= 32] or [32 // lanes]
-            for split_k in fits:
-                for repeat in (1, 2, 4):
-                    if repeat * lanes <= n:
-                        for waves_per_eu in (0, 8) if block_m * repeat > 8 else (0,):
-                            yield decode_config(block_m, repeat, split_k, lanes, waves_per_eu)
-        return
-    for block_m, block_n, block_k, num_warps in (
-        (16, 32, 64, 2),
-        (16, 64, 64, 4),
-        (32, 64, 64, 4),
-        (64, 64, 64, 4),
-        (64, 128, 32, 4),
-        (128, 64, 32, 4),
-        (128, 128, 32, 8),
-    ):
-        if block_m <= max(16, m):
-            for num_stages in (1, 2):
-                yield prefill_config(block_m, block_n, block_k, num_warps, num_stages)
+        for lanes, repeat in product((16, 32), (1, 2, 4)):
+            for split_k in even_splits(k, lanes):
+                if repeat * lanes <= n:
+                    for waves_per_eu in (0, 8) if block_m * repeat > 8 else (0,):
+                        yield decode_config(block_m, repeat, split_k, lanes, waves_per_eu)
+
+
+def even_splits(k: int, lanes: int) -> list[int]:
+    """Parts of K, on different warps or half-warps, that are equal; where none are, as few as make a whole warp."""
+    fewest = 32 // lanes
+    return [parts for parts in (1, 2, 4, 8, 16) if k % (32 * parts) == 0 and parts >= fewest] or [fewest]

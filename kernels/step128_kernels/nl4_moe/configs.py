@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from step128_kernels.device import gpu_identity
-from step128_kernels.nl4_gemm.configs import decode_config, prefill_config
+from step128_kernels.nl4_gemm.configs import decode_config, even_splits, prefill_config
 from step128_kernels.nl4_moe.launches import MoeShape
 from step128_kernels.tuning import Config, load_config
 
@@ -23,20 +23,21 @@ def joint_config(gate_up: Config, down: Config) -> Config:
 
 
 DEFAULT = {
-    **{m: joint_config(decode_config(m, 1, 8, 32), decode_config(m, 2, 2, 32)) for m in (1, 2, 4, 8)},
-    128: joint_config(prefill_config(16, 32, 64, 2, 1), prefill_config(16, 64, 32, 4, 1)),
-    1024: joint_config(prefill_config(32, 64, 32, 4, 1), prefill_config(32, 64, 32, 4, 1)),
-    4096: joint_config(prefill_config(64, 64, 32, 4, 1), prefill_config(64, 64, 32, 4, 1)),
+    **{m: joint_config(decode_config(m, 1, 8, 32), decode_config(m, 2, 1, 32)) for m in (1, 2, 4, 8)},
+    128: joint_config(prefill_config(16, 32, 64, 2, 1), prefill_config(16, 64, 64, 4, 1)),
+    1024: joint_config(prefill_config(32, 32, 64, 2, 1), prefill_config(32, 64, 64, 4, 1)),
+    4096: joint_config(prefill_config(64, 32, 64, 4, 1), prefill_config(64, 64, 64, 4, 1)),
 }
 """By tokens, for a GPU that nothing is tuned for."""
 
-# BLOCK_M, and for gate and up, then for down: (BLOCK_N, BLOCK_K, num_warps) worth trying
+# BLOCK_M, and for gate and up, then for down: (BLOCK_N, num_warps) worth trying; BLOCK_K is 64 as for linear layers
 _PREFILL_SIZES = (
-    (16, ((32, 64, 2), (64, 32, 4)), ((64, 32, 2), (64, 32, 4))),
-    (32, ((32, 64, 2), (64, 32, 4)), ((64, 32, 4), (128, 32, 4))),
-    (64, ((64, 32, 4), (64, 32, 8)), ((64, 32, 4), (128, 32, 4))),
-    (128, ((64, 32, 8),), ((64, 32, 4), (128, 32, 8))),
+    (16, ((32, 2), (64, 4)), ((32, 2), (64, 4))),
+    (32, ((32, 2), (64, 4)), ((64, 4),)),
+    (64, ((32, 4), (64, 4)), ((64, 4), (128, 4))),
+    (128, ((32, 4), (64, 8)), ((64, 4), (128, 8))),
 )
+_MOST_DECODE_TOKENS = 32
 
 
 def moe_config(shape: MoeShape, device: torch.device) -> Config:
@@ -48,26 +49,33 @@ def moe_config(shape: MoeShape, device: torch.device) -> Config:
 
 def moe_candidates(phase: str, shape: MoeShape) -> Iterator[Config]:
     """Configs worth trying for ``shape.tokens`` tokens."""
-    if phase == "decode":
-        if shape.tokens > 32:
-            return
+    if phase == "prefill":
+        rows = shape.pairs // shape.experts  # of an expert, when all are chosen equally often
+        for block_m, gate_up_sizes, down_sizes in _PREFILL_SIZES:
+            if shape.tokens > 8 and (block_m == 16 or block_m <= 2 * rows):
+                for gate_up_size, down_size, stages in product(gate_up_sizes, down_sizes, (1, 2)):
+                    yield joint_config(
+                        _prefill(block_m, *gate_up_size, stages),
+                        _prefill(block_m, *down_size, stages),
+                    )
+    elif shape.tokens <= _MOST_DECODE_TOKENS:
         block_m = min(shape.tokens, 8)
-        for gate_up in _decode(block_m, (1, 2), shape.hidden, shape.intermediate, 2):
-            for down in _decode(block_m, (1, 2, 4), shape.intermediate, shape.hidden):
-                yield joint_config(gate_up, down)
-        return
-    rows = shape.pairs // shape.experts  # of an expert, when all are chosen equally often
-    for block_m, gate_up_sizes, down_sizes in _PREFILL_SIZES:
-        if block_m == 16 or block_m <= 4 * rows:
-            for gate_up_size, down_size, num_stages in product(gate_up_sizes, down_sizes, (1, 2)):
-                yield joint_config(
-                    prefill_config(block_m, *gate_up_size, num_stages), prefill_config(block_m, *down_size, num_stages)
-                )
+        gate_ups = list(_decode(block_m, (1, 2), (4, 8, 16), shape.hidden, 2))
+        downs = list(_decode(block_m, (1, 2, 4), (1, 2, 4), shape.intermediate))
+        for gate_up, down in product(gate_ups, downs):
+            yield joint_config(gate_up, down)
 
 
-def _decode(block_m: int, repeats: tuple[int, ...], k: int, n: int, parts: int = 1) -> Iterator[Config]:
-    """One kernel's part: those that cut K into equal parts, if there are any; ``parts`` rows a lane for each repeat."""
-    for split_k in [s for s in (1, 2, 4, 8, 16) if k % (32 * s) == 0] or [1]:
-        for repeat in repeats:
-            if repeat * 32 <= n:
-                yield decode_config(block_m, repeat, split_k, 32, 8 if block_m * repeat * parts > 16 else 0)
+def _prefill(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    return prefill_config(block_m, block_n, 64, num_warps, num_stages)
+
+
+def _decode(
+    block_m: int, repeats: tuple[int, ...], splits: tuple[int, ...], k: int, parts: int = 1
+) -> Iterator[Config]:
+    """One kernel's part, with equal parts of K; ``parts`` rows a lane for each repeat."""
+    for split_k, repeat in product(sorted(set(even_splits(k, 32)) & set(splits)) or [1], repeats):
+        crowded = block_m * repeat * parts > 16
+        yield decode_config(block_m, repeat, split_k, 32, 8 if crowded else 0)
+        if block_m * repeat * parts > 8 and not crowded:
+            yield decode_config(block_m, repeat, split_k, 32, 8)

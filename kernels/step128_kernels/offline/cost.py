@@ -147,7 +147,9 @@ def launch_seconds(count: LaunchCount, num_warps: int, device: Device) -> float:
         for cost, times in zip(blocks, counts, strict=True):
             one = one.plus(cost, times)
         total = total.plus(one, waves)
-        own = max(one.valu, one.transcendental, one.salu) * _waves_of_busiest_simd(waves, num_warps, device)
+        own = max(one.valu, one.transcendental, one.lds, one.vmem, one.salu) * _waves_of_busiest_simd(
+            waves, num_warps, device
+        )
         longest = max(longest, own, one.alone)
     shared = max(total.valu, total.transcendental, total.lds, total.vmem, total.salu) / device.simds
     return max(shared, longest) / device.clock_hz

@@ -1,0 +1,133 @@
+"""Candidates without a GPU: each compiled and counted, and ruled out if it misses a gate of the shipped kernels."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Protocol
+
+from step128_kernels.errors import KernelToolError, ToolEnvironmentError
+from step128_kernels.tune_journal import Outcome
+from step128_kernels.tune_names import VLLM_FUSED_MOE
+from step128_kernels.tune_search import Candidate, Judge
+
+METHOD = (
+    "least of the root of squares of issuing, waiting for memory and moving the weights, by the cost model over "
+    "compiled code (step128-kernels inspect), among candidates with no spills that meet the gates of their phase"
+)
+
+_LEAST_DECODE_WAVES_PER_SIMD = 8
+_LEAST_WEIGHT_LOAD_BITS = 128
+# Vector operations per weight that a decode kernel may take, up to that many rows.
+_MOST_DECODE_VALU_PER_WEIGHT = {1: 4.0, 4: 6.0, 8: 8.0}
+
+
+class Report(Protocol):
+    """What the gates and the ranking read of an offline report."""
+
+    @property
+    def spills(self) -> int: ...  # noqa: D102
+    @property
+    def waves_per_simd(self) -> float: ...  # noqa: D102
+    @property
+    def valu_per_weight(self) -> float: ...  # noqa: D102
+    @property
+    def wmma(self) -> int: ...  # noqa: D102
+    @property
+    def ranking_seconds(self) -> float: ...  # noqa: D102
+    @property
+    def load_bits(self) -> Mapping[str, int]: ...  # noqa: D102
+
+
+def outcome_of(report: Report, candidate: Candidate) -> Outcome:
+    """Return the predicted seconds of a call, or the first gate that it misses."""
+    missed = _missed_gate(report, candidate)
+    return Outcome(seconds=report.ranking_seconds) if missed is None else Outcome(problem=missed)
+
+
+def _missed_gate(report: Report, candidate: Candidate) -> str | None:
+    if report.spills:
+        return "spills registers"
+    if candidate.target.kernel == VLLM_FUSED_MOE:
+        return None  # the other gates are for kernels of our own
+    if report.load_bits["tiles_ptr"] < _LEAST_WEIGHT_LOAD_BITS:
+        return f"weights are loaded by fewer than {_LEAST_WEIGHT_LOAD_BITS} bits"
+    if candidate.config["phase"] == "prefill":
+        return None if report.wmma else "no WMMA"
+    if report.waves_per_simd < _LEAST_DECODE_WAVES_PER_SIMD:
+        return f"fewer than {_LEAST_DECODE_WAVES_PER_SIMD} waves per SIMD"
+    limit = next((most for upto, most in _MOST_DECODE_VALU_PER_WEIGHT.items() if candidate.rows <= upto), None)
+    if limit is not None and report.valu_per_weight > limit:
+        return f"more than {limit:g} vector operations per weight"
+    return None
+
+
+@contextmanager
+def modelling(judge_one: Callable[[Candidate], Outcome], jobs: int) -> Iterator[Judge]:
+    """Give a judge that works in parallel processes, which live as long as the context.
+
+    Args:
+        judge_one: a function at the top of a module, as other processes must find it.
+        jobs: number of processes; with 1 all is done in this one.
+
+    """
+    if jobs == 1:
+        yield lambda candidates: ((candidate, judge_one(candidate)) for candidate in candidates)
+        return
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_process)
+    try:
+        yield lambda candidates: _judge_all(pool, judge_one, candidates)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _judge_all(
+    pool: ProcessPoolExecutor, judge_one: Callable[[Candidate], Outcome], candidates: Sequence[Candidate]
+) -> Iterator[tuple[Candidate, Outcome]]:
+    """LLVM ends its process on some errors: that ends the run, and is told."""
+    try:
+        waiting = {pool.submit(judge_one, candidate): candidate for candidate in candidates}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise KernelToolError(
+            "A compiling process died; its last words are above. What was finished is kept: the same command goes on "
+            "from there. With --jobs 1 the candidate that kills it is the last one begun."
+        ) from error
+
+
+def _prepare_process() -> None:
+    """An interrupt is the parent's to handle, and a parent that was killed must not leave this process behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def model_one(candidate: Candidate) -> Outcome:
+    """Compile and count one candidate.
+
+    Raises:
+        ToolEnvironmentError: if nothing can be compiled here.
+
+    """
+    from step128_kernels.tune_spaces import inspector_of, space_of
+
+    target, config = candidate.target, candidate.config
+    try:
+        case = space_of(target.kernel).case(target.kernel, target.shape, candidate.rows, config, target.arch)
+        return outcome_of(inspector_of(target.kernel)(case), candidate)
+    except ToolEnvironmentError:
+        raise
+    except KernelToolError as error:
+        return Outcome(problem=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")

@@ -1,0 +1,137 @@
+"""From the command line of `tune` and this machine to what is to be tuned, and how."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from step128_kernels.errors import KernelToolError
+from step128_kernels.tune_device import Gpu
+from step128_kernels.tune_names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, spellings
+from step128_kernels.tune_search import Shape, Target
+from step128_kernels.tuning import CONFIGS_DIR_VARIABLE, TUNED_DIR_VARIABLE, shipped_folder
+
+
+class UsageError(KernelToolError):
+    """Options that do not go together."""
+
+    exit_code = 2
+
+
+class UnsupportedGpuError(KernelToolError):
+    """A GPU that nothing is tuned for."""
+
+    exit_code = 4
+
+
+class NoOutputError(KernelToolError):
+    """Nowhere to write to."""
+
+    exit_code = 73
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to tune; `gpu` is the one to measure on, None to rank by the cost model."""
+
+    targets: tuple[Target, ...]
+    gpu: Gpu | None
+
+
+def plan(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]], gpu: Gpu | None) -> Plan:
+    """Decide what to tune: a supported GPU is measured on, unless --arch names another one.
+
+    Raises:
+        UnsupportedGpuError: for an NVIDIA GPU, or one of AMD's that the kernels are not tuned for, without --arch.
+        UsageError: for options that do not go together.
+
+    """
+    kernels = _kernels(options, shapes)
+    wanted = {kernel: _shapes(options, kernel, shapes[kernel]) for kernel in kernels}
+    if gpu is not None and options.arch is None and gpu.arch not in SUPPORTED_ARCHS:
+        kind = f"AMD {gpu.arch}" if gpu.arch else "not an AMD GPU"
+        raise UnsupportedGpuError(
+            f"This GPU is {gpu.name} ({kind}); configurations are tuned for {' and '.join(SUPPORTED_ARCHS)} only, and "
+            "never for or on another GPU. To rank by the cost model instead, which needs no GPU, add --arch gfx1201."
+        )
+    measuring = gpu is not None and options.arch in (None, gpu.arch)
+    if gpu is not None and measuring:
+        devices = {gpu.arch: _measured_device(options, gpu)}
+    else:
+        devices = _modelled_devices(options)
+    targets = tuple(
+        Target(kernel, shape, device, arch)
+        for arch, device in devices.items()
+        for kernel in kernels
+        for shape in wanted[kernel]
+    )
+    return Plan(targets, gpu if measuring else None)
+
+
+def _kernels(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]]) -> list[str]:
+    kernels = list(dict.fromkeys(options.kernel or shapes))
+    unknown = [kernel for kernel in kernels if kernel not in shapes]
+    if unknown:
+        raise UsageError(f"--kernel {unknown[0]}: no such kernel; there are {', '.join(shapes)}.")
+    if options.shape and len(kernels) != 1:
+        raise UsageError("--shape needs one --kernel, whose shape it is.")
+    return kernels
+
+
+def _shapes(options: argparse.Namespace, kernel: str, shipped: Sequence[Shape]) -> list[Shape]:
+    dimensions = list(shipped[0])
+    for shape in options.shape or ():
+        if sorted(shape) != sorted(dimensions):
+            example = ",".join(f"{name}={size}" for name, size in shipped[0].items())
+            raise UsageError(f"--shape: a shape of {kernel} has {', '.join(dimensions)}, as in {example}.")
+    return [{name: shape[name] for name in dimensions} for shape in options.shape or shipped]
+
+
+def _measured_device(options: argparse.Namespace, gpu: Gpu) -> str:
+    if options.device_name is not None and spellings(options.device_name) != spellings(gpu.name):
+        raise UsageError(
+            f"--device-name {options.device_name}: this GPU is {gpu.name}, and what is measured on it is true of it "
+            "only. Leave the option out."
+        )
+    return spellings(gpu.name)[0]
+
+
+def _modelled_devices(options: argparse.Namespace) -> dict[str, str]:
+    if options.device_name is not None and options.arch is None:
+        raise UsageError("--device-name needs --arch, without a GPU of that name here.")
+    archs = SUPPORTED_ARCHS if options.arch is None else (options.arch,)
+    return {arch: spellings(options.device_name or DEVICE_OF_ARCH[arch])[0] for arch in archs}
+
+
+def output_folder(given: Path | None) -> Path:
+    """Return the folder to write to: as given, else the user's own, else the one with the shipped files.
+
+    Raises:
+        NoOutputError: if there is none of them.
+        TuningFileError: if $STEP128_CONFIGS_DIR names no folder.
+
+    """
+    own = os.environ.get(TUNED_DIR_VARIABLE)
+    if given is None and own:
+        given = Path(own).expanduser()
+    folder = given or shipped_folder(os.environ.get(CONFIGS_DIR_VARIABLE))
+    if folder is None:
+        raise NoOutputError(f"No folder to write to was found: give one with --output, or set {TUNED_DIR_VARIABLE}.")
+    return folder
+
+
+def parsed_shape(text: str) -> dict[str, int]:
+    """Parse `N=2560,K=4096`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not of that form.
+
+    """
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name or name in shape or not (size.isascii() and size.isdecimal()) or int(size) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is no shape; one looks like N=2560,K=4096")
+        shape[name] = int(size)
+    return shape
