@@ -28,8 +28,8 @@ from step128_kernels.nl4_moe.launches import (
     needs_sorting,
     one_pair_blocks,
 )
-from step128_kernels.tune_names import DEVICE_OF_ARCH
-from step128_kernels.tuning import Config, load_config
+from step128_kernels.tuned.load import Config, load_config
+from step128_kernels.tuned.names import DEVICE_OF_ARCH
 
 Shape = Mapping[str, int]
 

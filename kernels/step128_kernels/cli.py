@@ -8,10 +8,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from step128_kernels import tune
 from step128_kernels.bench import command as bench_command
 from step128_kernels.errors import KernelToolError
 from step128_kernels.offline import command as inspect_command
+from step128_kernels.tune import command as tune_command
 
 EXIT_CODES = """exit codes:
   0 done    1 internal error    2 wrong usage    5 permission denied
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect_command.add_parser(commands, EXIT_CODES)
-    tune.add_parser(commands, EXIT_CODES)
+    tune_command.add_parser(commands, EXIT_CODES)
     bench_command.add_parser(commands, EXIT_CODES)
     return parser
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from step128_kernels.tune_device import this_gpu
+from step128_kernels.gpu import this_gpu
 
 
 @cache

@@ -20,7 +20,7 @@ from step128_kernels.cases import SHAPES
 from step128_kernels.cli import main
 from step128_kernels.errors import NoSuchKernelError
 from step128_kernels.testing import Closeness
-from step128_kernels.tune_options import UsageError
+from step128_kernels.tune.options import UsageError
 
 RIGHT = Closeness(0.002, 0.0055, 0.3, None)
 WRONG = Closeness(0.5, 0.0055, 40.0, "typical error 0.5")
@@ -143,7 +143,7 @@ def test_the_last_line_is_the_document_with_and_without_the_table(bench: Any, js
 def test_without_a_gpu_nothing_is_claimed(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("step128_kernels.tune_device.this_gpu", lambda: None)
+    monkeypatch.setattr("step128_kernels.gpu.this_gpu", lambda: None)
     assert main(["bench", *arguments]) == 4
     printed = capsys.readouterr()
     document = json.loads(printed.out.splitlines()[-1])

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_journal import Outcome
-from step128_kernels.tune_measure import GpuLostError, GpuMemoryError, measure_all, wrong_result
-from step128_kernels.tune_model import modelling, outcome_of
-from step128_kernels.tune_search import Candidate, Target
+from step128_kernels.tune.journal import Outcome
+from step128_kernels.tune.measure import GpuLostError, GpuMemoryError, measure_all, wrong_result
+from step128_kernels.tune.model import modelling, outcome_of
+from step128_kernels.tune.search import Candidate, Target
 
 TARGET = Target("nl4_gemm", {"N": 64, "K": 128}, "AMD_Radeon_R9700", "gfx1201")
 RIGHT = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,12 @@ class Report:
     waves_per_simd: float = 8.0
     valu_per_weight: float = 4.0
     wmma: int = 0
-    modelled_seconds: float = 1e-5
+    ranking_seconds: float = 1e-5
+    tile_bits: int = 128
+
+    @property
+    def load_bits(self) -> dict[str, int]:
+        return {"tiles_ptr": self.tile_bits}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,8 @@ class Report:
         (Report(valu_per_weight=8.1), candidate(8), "more than 8 vector operations per weight"),
         (Report(valu_per_weight=80.0), candidate(16), None),
         (Report(), candidate(16, "prefill"), "no WMMA"),
+        (Report(tile_bits=64), candidate(1), "weights are loaded by fewer than 128 bits"),
+        (Report(wmma=1, tile_bits=64), candidate(64, "prefill"), "weights are loaded by fewer than 128 bits"),
         (Report(wmma=1, waves_per_simd=1.0, valu_per_weight=80.0), candidate(8, "prefill"), None),
         (Report(wmma=1, spills=1), candidate(8, "prefill"), "spills registers"),
         (Report(valu_per_weight=80.0), candidate(1, "decode", "vllm_fused_moe"), None),
@@ -148,7 +155,7 @@ def test_gates(report: Report, judged: Candidate, problem: str | None) -> None:
 
 JUDGES = """
 import os, time
-from step128_kernels.tune_journal import Outcome
+from step128_kernels.tune.journal import Outcome
 
 def judge(candidate):
     return Outcome(seconds=float(candidate.config["kind"]) + os.getpid() / 1e9)
@@ -199,8 +206,8 @@ def test_a_killed_run_leaves_no_process_behind(judges: Any, tmp_path: Path) -> N
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent("""
-        from step128_kernels.tune_model import modelling
-        from step128_kernels.tune_search import Candidate, Target
+        from step128_kernels.tune.model import modelling
+        from step128_kernels.tune.search import Candidate, Target
         import judges_of_test
 
         if __name__ == "__main__":

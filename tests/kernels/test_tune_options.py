@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from step128_kernels import tune, tune_device, tune_options, tune_spaces
-from step128_kernels.tune_device import Gpu, this_gpu
-from step128_kernels.tune_options import UnsupportedGpuError, UsageError, output_folder, plan
+from step128_kernels import gpu as tune_device
+from step128_kernels.gpu import Gpu, this_gpu
+from step128_kernels.tune import command as tune
+from step128_kernels.tune import options as tune_options
+from step128_kernels.tune import spaces as tune_spaces
+from step128_kernels.tune.options import UnsupportedGpuError, UsageError, output_folder, plan
 
 SHAPES = {
     "nl4_gemm": ({"N": 2560, "K": 4096}, {"N": 4096, "K": 1280}),
@@ -159,8 +162,8 @@ class ModelledSpace:
 def test_the_command_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from step128_kernels import tune_model
-    from step128_kernels.tune_journal import Outcome
+    from step128_kernels.tune import model as tune_model
+    from step128_kernels.tune.journal import Outcome
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(tune_spaces, "shipped_shapes", lambda: SHAPES)

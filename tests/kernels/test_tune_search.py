@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from step128_kernels import tune_journal
-from step128_kernels.tune_files import Provenance, tune
-from step128_kernels.tune_journal import Journal, Outcome, OutputError, write_json
-from step128_kernels.tune_schema import MEASURED, MODELLED, Config, read_file
-from step128_kernels.tune_search import Candidate, Shape, Target, candidates_of
+from step128_kernels.tune import journal as tune_journal
+from step128_kernels.tune.files import Provenance, tune
+from step128_kernels.tune.journal import Journal, Outcome, OutputError, write_json
+from step128_kernels.tune.search import Candidate, Shape, Target, candidates_of
+from step128_kernels.tuned.schema import MEASURED, MODELLED, Config, read_file
 
 GEMM = Target("nl4_gemm", {"N": 64, "K": 128}, "AMD_Radeon_R9700", "gfx1201")
 MOE = Target("nl4_moe", {"E": 8, "N": 32, "K": 128, "top_k": 2}, "AMD_Radeon_R9700", "gfx1201")

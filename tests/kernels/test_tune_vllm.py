@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from step128_kernels.tune_files import Provenance, tune
-from step128_kernels.tune_journal import Outcome
-from step128_kernels.tune_names import file_name
-from step128_kernels.tune_schema import MODELLED
-from step128_kernels.tune_search import Candidate, Target, candidates_of
+from step128_kernels.tune.files import Provenance, tune
+from step128_kernels.tune.journal import Outcome
+from step128_kernels.tune.search import Candidate, Target, candidates_of
+from step128_kernels.tuned.names import file_name
+from step128_kernels.tuned.schema import MODELLED
 from step128_kernels.vllm_plugin import fused_moe_tuning
 from step128_kernels.vllm_plugin.fused_moe_launch import Call
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from step128_kernels import tuning
-from step128_kernels.tune_names import file_name
-from step128_kernels.tuning import TuningFileError, load_config
+from step128_kernels.tuned import load as tuning
+from step128_kernels.tuned.load import TuningFileError, load_config
+from step128_kernels.tuned.names import file_name
 
 R9700 = ("AMD_Radeon_R9700", "AMD_Radeon_AI_PRO_R9700")
 STRIX = ("AMD_Radeon_8060S", "Radeon_8060S_Graphics")

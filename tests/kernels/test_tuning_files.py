@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from step128_kernels.tune_schema import TuningFileError, read_file
+from step128_kernels.tuned.schema import TuningFileError, read_file
 
 R9700, STRIX = "AMD_Radeon_R9700", "AMD_Radeon_8060S"
 ROW = {"phase": "decode", "BLOCK_N": 1}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from step128_kernels.tune_names import file_name, parse_file_name, spellings
+from step128_kernels.tuned.names import file_name, parse_file_name, spellings
 
 R9700 = ("AMD_Radeon_R9700", "AMD_Radeon_AI_PRO_R9700")
 STRIX = ("AMD_Radeon_8060S", "Radeon_8060S_Graphics")

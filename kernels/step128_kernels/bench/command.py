@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from step128_kernels.bench.measure import Machine, Outcome, Task, measure
 from step128_kernels.bench.report import Setting, document, sentences, table
 from step128_kernels.errors import KernelToolError, NoSuchKernelError
-from step128_kernels.tune_options import UsageError, parsed_shape
+from step128_kernels.tune.options import UsageError, parsed_shape
 
 _SUMMARY = "time our kernels against vLLM's and a copy on this GPU, correctness first"
 _DESCRIPTION = f"""{_SUMMARY}.
@@ -100,7 +100,7 @@ def _prepare(parsed: argparse.Namespace) -> tuple[list[Task], Machine, Setting]:
     from step128_kernels.offline.compile import require_triton
 
     require_triton()
-    from step128_kernels.tune_device import this_gpu, versions
+    from step128_kernels.gpu import this_gpu, versions
 
     gpu = this_gpu()
     if gpu is None:

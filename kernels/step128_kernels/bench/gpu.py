@@ -17,7 +17,7 @@ from step128_kernels.nl4_gemm.configs import gemm_table
 from step128_kernels.nl4_moe.configs import moe_config
 from step128_kernels.runners import GEMM_ROUNDINGS, MOE_ROUNDINGS, gemm_runner, moe_runner
 from step128_kernels.testing import Closeness, compare, unwritten_is_nan
-from step128_kernels.tuning import Config
+from step128_kernels.tuned.load import Config
 
 Run = tuple[Callable[[], Any], Callable[[], Any]]
 """A kernel's call and its reference's; ours give a tensor, vLLM's a tuple of them."""

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from step128_kernels.device import gpu_identity
-from step128_kernels.tuning import Config, TunedTable, load_config
+from step128_kernels.tuned.load import Config, TunedTable, load_config
 
 KERNEL = "nl4_gemm"
 MOST_DECODE_ROWS = 16

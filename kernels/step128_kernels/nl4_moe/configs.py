@@ -10,7 +10,7 @@ import torch
 from step128_kernels.device import gpu_identity
 from step128_kernels.nl4_gemm.configs import decode_config, even_splits, prefill_config
 from step128_kernels.nl4_moe.launches import MoeShape
-from step128_kernels.tuning import Config, load_config
+from step128_kernels.tuned.load import Config, load_config
 
 KERNEL = "nl4_moe"
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from step128_kernels.launch import Launch, Pointer
-from step128_kernels.tune_schema import Config
+from step128_kernels.tuned.schema import Config
 from step128_kernels.vllm_plugin.offline_triton import visible_triton
 
 ELEMENT_BYTES = 2  # of a bfloat16

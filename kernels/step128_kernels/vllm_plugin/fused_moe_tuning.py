@@ -19,8 +19,8 @@ from step128_kernels.offline.cost import DEVICES
 from step128_kernels.offline.count import count_launch
 from step128_kernels.offline.inspect import LaunchReport, Report, launch_report
 from step128_kernels.run_launch import run
-from step128_kernels.tune_names import VLLM_FUSED_MOE
-from step128_kernels.tune_schema import Config
+from step128_kernels.tuned.names import VLLM_FUSED_MOE
+from step128_kernels.tuned.schema import Config
 from step128_kernels.vllm_plugin.fused_moe_launch import ELEMENT_BYTES, Call, down_launch, gate_up_launch
 
 Shape = Mapping[str, int]

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from step128_kernels.tune_names import normalized, spellings
+from step128_kernels.tuned.names import normalized, spellings
 
 # vLLM names these GPUs by their PCI id, whatever the driver calls them (platforms/rocm.py of vLLM 0.32).
 _NAME_OF_PCI_ID = {

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.progress import Progress
 
-from step128_kernels.tune_journal import Journal, OutputError, make_folder, write_json
-from step128_kernels.tune_names import VLLM_FUSED_MOE
-from step128_kernels.tune_schema import MEASURED, MODELLED, SCHEMA, Config
-from step128_kernels.tune_search import Judge, NothingServesError, Space, Target, candidates_of, search
+from step128_kernels.tune.journal import Journal, OutputError, make_folder, write_json
+from step128_kernels.tune.search import Judge, NothingServesError, Space, Target, candidates_of, search
+from step128_kernels.tuned.names import VLLM_FUSED_MOE
+from step128_kernels.tuned.schema import MEASURED, MODELLED, SCHEMA, Config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_names import parse_file_name, spellings
+from step128_kernels.tuned.names import parse_file_name, spellings
 
 SCHEMA = 1
 PHASES = ("decode", "prefill")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_device import Gpu
-from step128_kernels.tune_names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, spellings
-from step128_kernels.tune_search import Shape, Target
-from step128_kernels.tuning import CONFIGS_DIR_VARIABLE, TUNED_DIR_VARIABLE, shipped_folder
+from step128_kernels.gpu import Gpu
+from step128_kernels.tune.search import Shape, Target
+from step128_kernels.tuned.load import CONFIGS_DIR_VARIABLE, TUNED_DIR_VARIABLE, shipped_folder
+from step128_kernels.tuned.names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, spellings
 
 
 class UsageError(KernelToolError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_schema import Config
+from step128_kernels.tuned.schema import Config
 
 
 class OutputError(KernelToolError):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_journal import Journal, Outcome, candidate_key
-from step128_kernels.tune_names import VLLM_FUSED_MOE, file_name, format_shape
-from step128_kernels.tune_schema import PHASES, Config
+from step128_kernels.tune.journal import Journal, Outcome, candidate_key
+from step128_kernels.tuned.names import VLLM_FUSED_MOE, file_name, format_shape
+from step128_kernels.tuned.schema import PHASES, Config
 
 Shape = Mapping[str, int]
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from step128_kernels.errors import KernelToolError, ToolEnvironmentError
-from step128_kernels.tune_journal import Outcome
-from step128_kernels.tune_names import VLLM_FUSED_MOE
-from step128_kernels.tune_search import Candidate, Judge
+from step128_kernels.tune.journal import Outcome
+from step128_kernels.tune.search import Candidate, Judge
+from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 METHOD = (
     "least of the root of squares of issuing, waiting for memory and moving the weights, by the cost model over "
@@ -121,7 +121,7 @@ def model_one(candidate: Candidate) -> Outcome:
         ToolEnvironmentError: if nothing can be compiled here.
 
     """
-    from step128_kernels.tune_spaces import inspector_of, space_of
+    from step128_kernels.tune.spaces import inspector_of, space_of
 
     target, config = candidate.target, candidate.config
     try:

@@ -18,12 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from step128_kernels.tune_files import Provenance, tune
-from step128_kernels.tune_journal import Outcome
-from step128_kernels.tune_names import SUPPORTED_ARCHS
-from step128_kernels.tune_options import Plan, output_folder, parsed_shape, plan
-from step128_kernels.tune_schema import MEASURED, MODELLED
-from step128_kernels.tune_search import Candidate, Judge
+from step128_kernels.tune.files import Provenance, tune
+from step128_kernels.tune.journal import Outcome
+from step128_kernels.tune.options import Plan, output_folder, parsed_shape, plan
+from step128_kernels.tune.search import Candidate, Judge
+from step128_kernels.tuned.names import SUPPORTED_ARCHS
+from step128_kernels.tuned.schema import MEASURED, MODELLED
 
 _NOTHING_SERVES = 70
 _SUMMARY = "find the fastest configuration of every kernel and shape, and write it to files"
@@ -81,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
     from step128_kernels.offline.compile import require_triton
 
     require_triton()
-    from step128_kernels.tune_device import this_gpu
-    from step128_kernels.tune_spaces import shipped_shapes, space_of
+    from step128_kernels.gpu import this_gpu
+    from step128_kernels.tune.spaces import shipped_shapes, space_of
 
     what = plan(options, shipped_shapes(), this_gpu())
     output = output_folder(options.output)
@@ -115,7 +115,7 @@ def _intention(what: Plan, output: Path) -> str:
 
 def _judging(what: Plan, jobs: int) -> AbstractContextManager[Judge]:
     if what.gpu is None:
-        from step128_kernels.tune_model import model_one, modelling
+        from step128_kernels.tune.model import model_one, modelling
 
         return modelling(model_one, jobs)
     return nullcontext(_measure)
@@ -124,8 +124,8 @@ def _judging(what: Plan, jobs: int) -> AbstractContextManager[Judge]:
 def _measure(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
     import torch
 
-    from step128_kernels.tune_measure import measure_all, median_seconds
-    from step128_kernels.tune_spaces import space_of
+    from step128_kernels.tune.measure import measure_all, median_seconds
+    from step128_kernels.tune.spaces import space_of
 
     if not candidates:
         return iter(())
@@ -133,9 +133,9 @@ def _measure(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Outco
 
 
 def _provenance(what: Plan) -> Provenance:
-    from step128_kernels.tune_device import code_digest, versions
-    from step128_kernels.tune_measure import METHOD as MEASURING
-    from step128_kernels.tune_model import METHOD as MODELLING
+    from step128_kernels.gpu import code_digest, versions
+    from step128_kernels.tune.measure import METHOD as MEASURING
+    from step128_kernels.tune.model import METHOD as MODELLING
 
     return Provenance(
         source=_source(what),

@@ -7,8 +7,8 @@ from typing import cast
 
 from step128_kernels.launch import KernelCase
 from step128_kernels.offline.inspect import Report
-from step128_kernels.tune_names import VLLM_FUSED_MOE
-from step128_kernels.tune_search import Shape, Space
+from step128_kernels.tune.search import Shape, Space
+from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 _OURS = "step128_kernels.cases"
 _INSPECT = "step128_kernels.offline.inspect"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from step128_kernels.tune_names import (
+from step128_kernels.tuned.names import (
     SUPPORTED_ARCHS,
     file_name,
     format_shape,
@@ -21,7 +21,7 @@ from step128_kernels.tune_names import (
     spellings,
     tune_command,
 )
-from step128_kernels.tune_schema import Config, TunedFile, TuningFileError, read_file
+from step128_kernels.tuned.schema import Config, TunedFile, TuningFileError, read_file
 
 CONFIGS_DIR_VARIABLE = "STEP128_CONFIGS_DIR"
 TUNED_DIR_VARIABLE = "STEP128_TUNED_DIR"
@@ -111,7 +111,7 @@ def shipped_folder(configs: str | None) -> Path | None:
     if configs:
         return _existing(CONFIGS_DIR_VARIABLE, configs) / "tuned"
     candidates = [
-        Path(__file__).resolve().parents[2] / "configs",
+        Path(__file__).resolve().parents[3] / "configs",
         Path(sysconfig.get_path("data")) / "share" / "step128" / "configs",
     ]
     return next((folder / "tuned" for folder in candidates if folder.is_dir()), None)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune_journal import Outcome
-from step128_kernels.tune_search import Candidate, Space
+from step128_kernels.tune.journal import Outcome
+from step128_kernels.tune.search import Candidate, Space
 
 METHOD = "median of timed calls, caches overwritten before each (triton.testing.do_bench); results compared first"
 
