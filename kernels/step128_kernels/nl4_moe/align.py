@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-LARGEST_ALIGNED_PAIRS = 256
+LARGEST_ALIGNED_PAIRS = 128
 """Pairs that :func:`nl4_moe_align_kernel` takes: its work grows with their square."""
 
 

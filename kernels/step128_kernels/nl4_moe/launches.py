@@ -82,7 +82,7 @@ def align_launch(shape: MoeShape, config: Config) -> Launch:
             "HAS_MAP": shape.has_map,
         },
         grid=(1, 1, 1),
-        num_warps=4,
+        num_warps=8 if padded <= 64 else 16,
     )
 
 
