@@ -3,6 +3,8 @@
 #   make test               lint, types, tests, the real vLLM included
 #   make proof              the long proofs (see LOG.md)
 #   make bench              start of `step128 plan`, reading of 40,000 headers
+#   make inspect            every GPU kernel with every shipped config, compiled and counted with no GPU
+#   make tune               configs/tuned, measured on the GPU at hand, or ranked by a model without one
 #   PIP_ARGS="..."          extra arguments of pip, e.g. an index with torch's CPU build (README, "Installing")
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -15,7 +17,7 @@ PORT ?= 8000
 METRICS_PORT ?= 9128
 KEEP ?=
 
-.PHONY: setup demo test lint proof bench clean
+.PHONY: setup demo test lint proof bench inspect tune clean
 
 setup: $(STAMP)
 
@@ -44,6 +46,12 @@ proof: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/plan_start.py
 	$(BIN)/python benchmarks/read_headers.py
+
+inspect: $(STAMP)
+	$(BIN)/step128-kernels inspect
+
+tune: $(STAMP)
+	$(BIN)/step128-kernels tune
 
 clean:
 	rm -rf "$(DEMO_DIR)"/tiny "$(DEMO_DIR)"/tiny-nl4 "$(DEMO_DIR)"/state .pytest_cache .mypy_cache .ruff_cache dist

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.planning.plan import Plan
+from step128_launcher.tuned_configs import VLLM_FOLDER_VARIABLE
 
 PLUGIN_NAME = "step128"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 MIDDLEWARE = "step128_launcher.middleware.RequireApiKey"
 LOAD_REPORT_VARIABLE = "STEP128_LOAD_REPORT_DIR"
-TUNED_CONFIGS_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 
 # VLLM_CPU_KVCACHE_SPACE would override --kv-cache-memory-bytes; STEP128_API_KEY is ours and none of vLLM's business.
 UNSET_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "STEP128_API_KEY")
@@ -26,8 +26,9 @@ class Server:
 
     `measure_memory` leaves the KV cache's size to vLLM: only then does its log tell the peak of activations and what
     the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py). `chat_template` is the
-    checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none. `tuned_configs` is our
-    folder of block sizes for vLLM's own experts kernel, which an unquantized checkpoint runs with; None: there is none.
+    checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none. `tuned_configs` is the
+    folder, the user's own or ours, of block sizes for vLLM's own experts kernel, which an unquantized checkpoint runs
+    with; None: there is none.
     """
 
     model: Path
@@ -118,7 +119,7 @@ def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os
     }
     suggested = dict(plan.environment)
     if plan.device != "cpu" and server.tuned_configs is not None:
-        suggested = {TUNED_CONFIGS_VARIABLE: str(server.tuned_configs)} | suggested
+        suggested = {VLLM_FOLDER_VARIABLE: str(server.tuned_configs)} | suggested
     return changes | {name: value for name, value in suggested.items() if name not in base}
 
 

@@ -62,6 +62,32 @@ def test_our_tuned_configs_go_to_vllm(run: Run, tmp_path: Path, monkeypatch: pyt
     assert folder() == str(configs / "tuned/vllm")
 
 
+def test_own_tuned_configs_go_before_ours(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs, own = tmp_path / "configs", tmp_path / "own"
+    shutil.copytree(find_configs_dir({}), configs, ignore=shutil.ignore_patterns("tuned"))
+    (configs / "tuned/vllm").mkdir(parents=True)
+    monkeypatch.setenv("STEP128_CONFIGS_DIR", str(configs))
+    monkeypatch.setenv("STEP128_TUNED_DIR", str(own))
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    quad = planned.probe(MACHINES / "quad-r9700", {})
+    monkeypatch.setattr(planned, "probe", lambda *_: quad)
+
+    def folder() -> str | None:
+        assert cli.main(["plan", "--policy", "all-linears", "--json", str(REAL_MODEL)]) == 0
+        value: str | None = json.loads(capsys.readouterr().out)["environment"].get("VLLM_TUNED_CONFIG_FOLDER")
+        return value
+
+    assert folder() == str(configs / "tuned/vllm")
+    (own / "vllm").mkdir(parents=True)
+    assert folder() == str(own / "vllm")
+    recorded = json.loads(run(str(REAL_MODEL), "--json")[1])["environment"]
+    assert recorded["VLLM_TUNED_CONFIG_FOLDER"] == str(configs / "tuned/vllm")
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "/mine")
+    assert folder() is None  # not changed
+
+
 def documented(text: str) -> dict[str, Any]:
     """The keys of a sentence such as `a, b {c, d [{e}]}` as nested mappings; None where no keys are given."""
     keys: dict[str, Any] = {}

@@ -27,10 +27,8 @@ from step128_launcher.planning.profiles import (
     load_profiles,
     user_profiles_dir,
 )
+from step128_launcher.tuned_configs import vllm_folder
 from step128_launcher.user_folders import user_folder
-
-# Below configs/: block sizes for vLLM's own kernels, in files named and written as vLLM does.
-TUNED_CONFIGS = Path("tuned/vllm")
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,8 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
     warnings = [*skipped, calibration.warning] if calibration.warning else skipped
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
     template = footprint.path / "chat_template.jinja"
-    tuned = (configs_dir / TUNED_CONFIGS).absolute()
+    base = {} if recorded else os.environ
+    tuned = vllm_folder(base, configs_dir).absolute()
     server = Server(
         model=footprint.path,
         served_model_name=options.served_model_name or footprint.path.resolve().name,
@@ -96,7 +95,6 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
         chat_template=template if template.is_file() else None,
         tuned_configs=tuned if tuned.is_dir() else None,
     )
-    base = {} if recorded else os.environ
     return Planned(plan, footprint, hardware, profile, server, limits, calibration.measurements, base)
 
 

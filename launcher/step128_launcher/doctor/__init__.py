@@ -14,6 +14,7 @@ from step128_launcher.doctor import (
     power,
     rccl,
     server_log,
+    tuned_files,
     versions,
     visibility,
 )
@@ -83,7 +84,7 @@ CHECKS: tuple[Callable[[Context], Finding], ...] = (
     checkpoint.check_chat_template,
     checkpoint.check_kv_scales,
     checkpoint.check_mtp,
-    checkpoint.check_tuned_config,
+    tuned_files.check_tuned_config,
     fit.check_model_fits,
 )
 

@@ -8,12 +8,6 @@ from step128_launcher.doctor.finding import Finding, failed, passed, skipped, wa
 from step128_launcher.sizes import format_bytes
 
 _NO_MODEL = "no checkpoint was given"
-# What vLLM calls these GPUs in the names of its tuned configurations; two names of the R9700 are in use.
-_DEVICE_NAMES = {
-    "1002:7551": ("AMD_Radeon_AI_PRO_R9700", "AMD_Radeon_R9700"),
-    "1002:1586": ("AMD_Radeon_8060S_Graphics", "AMD_Radeon_8060S"),
-    "1002:7448": ("AMD_Radeon_PRO_W7900",),
-}
 
 
 def check_checkpoint(context: Context) -> Finding:
@@ -81,35 +75,6 @@ def check_chat_template(context: Context) -> Finding:
         )
         return warned(name, "the template shows no handling of " + " and of ".join(lacks), remedy)
     return passed(name, "handles tool results and content in parts")
-
-
-def check_tuned_config(context: Context) -> Finding:
-    """A tuned MoE configuration is found by its exact file name only; else vLLM takes defaults, and says so once."""
-    name = "tuned-config"
-    if context.footprint is None:
-        return skipped(name, _NO_MODEL)
-    gpus = context.hardware.usable_gpus
-    if not gpus:
-        return skipped(name, "no usable GPU")
-    folder = context.setting("VLLM_TUNED_CONFIG_FOLDER")[0]
-    folders = [context.configs_dir / "tuned", *([context.root / folder.lstrip("/")] if folder else [])]
-    files = sorted(path.name for one in folders for path in one.glob("*.json"))
-    broken = [file for file in files if "Mock" in file or "device_name=None" in file]
-    if broken:
-        return warned(name, f"{broken[0]} was made where the GPU's name could not be read", "Delete it and tune again.")
-    config = context.footprint.config
-    ranks = len(context.discrete) or 1
-    shape = f"E={config.num_experts},N={config.moe_intermediate_size // ranks},"
-    devices = _DEVICE_NAMES.get(gpus[0].pci_id, (gpus[0].name.replace(" ", "_"),))
-    matching = [file for file in files if any(file.startswith(f"{shape}device_name={device}") for device in devices)]
-    if matching:
-        return passed(name, matching[0])
-    return warned(
-        name,
-        f"no tuned configuration {shape}device_name={devices[0]},….json for {ranks} rank(s) in "
-        + " or ".join(map(str, folders)),
-        "Nothing is wrong but the speed: the kernels run with their default tiles until one is made.",
-    )
 
 
 def _template(context: Context) -> str | None:

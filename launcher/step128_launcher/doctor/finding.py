@@ -10,7 +10,7 @@ class Finding:
     """What a check saw. FAIL: do not start like this. WARN: it starts, and may be slow, smaller or fail later.
 
     SKIP: the check could not look, or is about something this machine does not have; `evidence` says which. `remedy`
-    is what to do, with the exact command where there is one; empty for PASS and mostly for SKIP.
+    is what to do, with the exact command where there is one; mostly empty for PASS and SKIP.
     """
 
     check: str
@@ -19,9 +19,9 @@ class Finding:
     remedy: str = ""
 
 
-def passed(check: str, evidence: str) -> Finding:
-    """Return a PASS."""
-    return Finding(check, PASS, evidence)
+def passed(check: str, evidence: str, remedy: str = "") -> Finding:
+    """Return a PASS; `remedy` is what would make it better still."""
+    return Finding(check, PASS, evidence, remedy)
 
 
 def warned(check: str, evidence: str, remedy: str) -> Finding:

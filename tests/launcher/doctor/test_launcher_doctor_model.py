@@ -163,23 +163,6 @@ def test_chat_templates(tmp_path: Path, file: str, text: str, outcome: str, word
     assert found.outcome == outcome and word in found.evidence
 
 
-def test_tuned_configuration_by_its_exact_name(
-    make_checkpoint: Callable[..., Path], nl4_format: Format, tmp_path: Path
-) -> None:
-    """The checkpoint has 4 experts of 32 columns, so a rank of four has N=8."""
-    context = with_model(make_checkpoint(), nl4_format, tmp_path / "configs")
-    tuned = tmp_path / "configs/tuned"
-    tuned.mkdir(parents=True)
-    found = model_checks.check_tuned_config(context)
-    assert found.outcome == "WARN" and "E=4,N=8,device_name=AMD_Radeon_AI_PRO_R9700" in found.evidence
-    (tuned / "E=4,N=16,device_name=AMD_Radeon_R9700.json").touch()
-    assert model_checks.check_tuned_config(context).outcome == "WARN"
-    (tuned / "E=4,N=8,device_name=AMD_Radeon_R9700,dtype=fp8_w8a8.json").touch()
-    assert model_checks.check_tuned_config(context).outcome == "PASS"
-    (tuned / "E=4,N=8,device_name=<MagicMock id='1'>.json").touch()
-    assert "Mock" in model_checks.check_tuned_config(context).evidence
-
-
 def test_uncalibrated_scales(make_checkpoint: Callable[..., Path], nl4_format: Format, configs_dir: Path) -> None:
     context = with_model(make_checkpoint(), nl4_format, configs_dir)
     assert context.footprint is not None and context.footprint.kv_scales is not None
