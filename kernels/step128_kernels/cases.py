@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import exp, lgamma, log, log1p
 
 import torch
 
@@ -37,6 +38,7 @@ ARCHS = ("gfx1201", "gfx1151")
 ELEMENT = "bf16"
 """The model's dtype, which cases are made for."""
 
+SORTING_NOTE = "torch's own kernels sort the pairs first (nl4_moe/align.py); they are not counted"
 _HIDDEN, _HEAD_DIM, _KV_HEADS, _EXPERTS, _TOP_K = 4096, 128, 8, 240, 8
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 _SWIGLU_LIMIT = 7.0  # of the last two layers with experts; the clamp costs a little, so cases have it
@@ -68,7 +70,12 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 
 def moe_shape(shape: Shape, m: int) -> MoeShape:
     """A shape's call with ``m`` tokens; fewer experts than the model's are those of one rank of several."""
-    return MoeShape(m, shape["top_k"], shape["E"], shape["K"], shape["N"])
+    return MoeShape(m, shape["top_k"], shape["E"], shape["K"], shape["N"], has_map=shape["E"] < _EXPERTS)
+
+
+def _local_pairs(moe: MoeShape) -> int:
+    """Pairs whose expert is on this rank, at least one; the rest is spread over the other ranks."""
+    return max(1, moe.pairs * moe.experts // _EXPERTS)
 
 
 def candidates(kernel: str, phase: str, shape: Shape, m: int, arch: str) -> Iterable[Config]:
@@ -79,21 +86,21 @@ def candidates(kernel: str, phase: str, shape: Shape, m: int, arch: str) -> Iter
 
 
 def case(kernel: str, shape: Shape, m: int, config: Config, arch: str) -> KernelCase:
-    """All launches of one call. Experts are taken to be chosen as evenly as can be: distinct ones, up to all of them.
-
-    The blocks a config makes are few rows full then, so the count is not flattered by rows that share a weight.
-    """
+    """All launches of one call; experts are chosen at random (:func:`rows_of_experts`), each counted as read once."""
+    notes: tuple[str, ...] = ()
     if kernel == "nl4_gemm":
         n, k = shape["N"], shape["K"]
         launches: tuple[Launch, ...] = (gemm_launch(m, n, k, config, ELEMENT, amd=True),)
         weights, memory_bytes = n * k, weight_bytes(n, k)
     else:
         moe = moe_shape(shape, m)
-        active = min(moe.pairs, moe.experts)
+        active = len(rows_of_experts(moe))
         launches = _moe_launches(moe, config)
         weights = active * 3 * moe.intermediate * moe.hidden
         memory_bytes = weight_bytes(2 * moe.intermediate, moe.hidden, active)
         memory_bytes += weight_bytes(moe.hidden, moe.intermediate, active)
+        if needs_sorting(moe):
+            notes = (SORTING_NOTE,)
     return KernelCase(
         kernel=kernel,
         phase=str(config["phase"]),
@@ -103,6 +110,7 @@ def case(kernel: str, shape: Shape, m: int, config: Config, arch: str) -> Kernel
         launches=launches,
         weights=weights,
         memory_bytes=memory_bytes,
+        notes=notes,
     )
 
 
@@ -111,21 +119,38 @@ def _moe_launches(moe: MoeShape, config: Config) -> tuple[Launch, ...]:
     gate_up = replace(gate_up_launch(moe, config, _SWIGLU_LIMIT, ELEMENT, amd=True), loads=owners)
     down = replace(down_launch(moe, config, ELEMENT, amd=True), loads=owners)
     launches = (gate_up, down, combine_launch(moe, config, ELEMENT))
-    if one_pair_blocks(moe, config) or needs_sorting(moe):  # sorting is torch's kernels, which are not ours to compile
+    if one_pair_blocks(moe, config) or needs_sorting(moe):
         return launches
     return (align_launch(moe, config), *launches)
 
 
+def rows_of_experts(moe: MoeShape) -> tuple[int, ...]:
+    """Rows of each expert that is chosen at all, when tokens choose at random: the expected numbers, rounded.
+
+    Of n pairs spread over E experts at random, E * B(c; n, 1 / E) experts have c rows (binomial). Rounding starts at
+    the fullest experts; those with one row take up what is left, so that every pair has its expert.
+    """
+    pairs = _local_pairs(moe)
+    rows: list[int] = []
+    left = pairs
+    for count in range(pairs, 1, -1):
+        ways = lgamma(pairs + 1) - lgamma(count + 1) - lgamma(pairs - count + 1)
+        expected = moe.experts * exp(ways - count * log(moe.experts) + (pairs - count) * log1p(-1 / moe.experts))
+        number = min(round(expected), left // count, moe.experts - len(rows))
+        rows += [count] * number
+        left -= count * number
+    room = moe.experts - len(rows)
+    rows += [1] * min(left, room)
+    for place in range(left - min(left, room)):  # all experts are chosen: the rest goes to those with fewest rows
+        rows[-1 - place % len(rows)] += 1
+    return tuple(rows)
+
+
 def _block_experts(moe: MoeShape, config: Config) -> tuple[int, ...]:
-    """Expert of each block when pairs are spread evenly; -1 for blocks not used."""
+    """Expert of each block under :func:`rows_of_experts`; -1 for blocks not used."""
     block_m = int(config["BLOCK_M"])
-    active = min(moe.pairs, moe.experts)
-    owners: list[int] = []
-    for expert in range(active):
-        rows = moe.pairs // active + (expert < moe.pairs % active)
-        owners += [expert] * -(-rows // block_m)
-    blocks = block_count(moe, config)
-    return tuple(owners + [-1] * (blocks - len(owners)))
+    owners = [expert for expert, rows in enumerate(rows_of_experts(moe)) for _ in range(-(-rows // block_m))]
+    return tuple(owners + [-1] * (block_count(moe, config) - len(owners)))
 
 
 def shipped_configs(kernel: str, shape: Shape, arch: str) -> Mapping[int, Config]:

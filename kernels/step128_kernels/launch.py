@@ -63,3 +63,5 @@ class KernelCase:
     """Weights read by the call, once each (4-bit indices)."""
     memory_bytes: int
     """Weight and scale bytes that must come from memory once."""
+    notes: tuple[str, ...] = ()
+    """What the launches leave out, for people who read the counts."""

@@ -35,6 +35,27 @@ def weight_pointers(n: int, k: int, experts: int = 1) -> dict[str, Pointer]:
     }
 
 
+def check_columns(tiles: torch.Tensor, columns: int) -> None:
+    """Hold a weight in kernel layout against the activations it is to be multiplied with.
+
+    Raises:
+        ValueError: the weight has another number of column tiles.
+    """
+    wanted = tile_shape(1, columns)[1]
+    if tiles.shape[-3] != wanted:
+        raise ValueError(f"the weight has {tiles.shape[-3]} column tiles, activations of {columns} need {wanted}")
+
+
+def check_element(element: str, amd: bool) -> None:
+    """Refuse what the assembly cannot compute.
+
+    Raises:
+        ValueError: float32 activations with AMD's 16-bit dot products.
+    """
+    if amd and element not in ("bf16", "fp16"):
+        raise ValueError(f"AMD's assembly computes with 16-bit activations, not with {element}; use the portable path")
+
+
 def even(size: int, block: int) -> bool:
     """Whether blocks fill a dimension exactly."""
     return size % block == 0

@@ -189,11 +189,18 @@ def dense_tiles(
 
 
 @triton.jit
-def to_element(values, ELEMENT: tl.constexpr):
-    """float32 to ELEMENT; to bfloat16 with ties away from zero, in two instructions instead of Triton's 5.5."""
+def to_element(values, ELEMENT: tl.constexpr, AMD: tl.constexpr):
+    """float32 to ELEMENT; to bfloat16 with ties away from zero, in two instructions instead of Triton's 5.5.
+
+    A NaN whose low half is not 0 could round to -0: AMD's arithmetic makes none (its own is 0x7fc00000, and those it
+    passes on come from 16-bit activations), NVIDIA's does.
+    """
     if ELEMENT == "bf16":
-        bits = (values.to(tl.int32, bitcast=True) + _ROUND_HALF_UP) >> 16
-        element = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        bits = values.to(tl.int32, bitcast=True)
+        rounded = bits + _ROUND_HALF_UP
+        if not AMD:
+            rounded = tl.where(values != values, bits | 0x400000, rounded)
+        element = (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     elif ELEMENT == "fp16":
         element = values.to(tl.float16)
     else:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 
 from step128_kernels.launch import Launch
 
+_ASSEMBLY_ARCHS = ("gfx11", "gfx12")  # RDNA3, 3.5 and 4; AMD's other GPUs have no v_dot2_f32_bf16
 
-def is_amd(tensor: torch.Tensor) -> bool:
-    """Whether AMD's assembly can run on the tensor's device."""
-    return tensor.is_cuda and torch.version.hip is not None
+
+@lru_cache(maxsize=16)
+def _arch(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is None:
+        return ""
+    return str(torch.cuda.get_device_properties(device).gcnArchName)
+
+
+def uses_assembly(x: torch.Tensor) -> bool:
+    """Whether AMD's assembly is for these activations: its GPU has the instructions, and they are of 16 bits."""
+    return x.element_size() == 2 and _arch(x.device).startswith(_ASSEMBLY_ARCHS)
 
 
 def run(launch: Launch, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from step128_kernels.nl4_layout import ROWS_PER_TILE, WEIGHTS_PER_TILE, from_ker
 from step128_kernels.nl4_moe.launches import MoeShape
 from step128_kernels.nl4_moe.reference import routed_experts
 from step128_kernels.nl4_moe.triton_moe import nl4_moe_triton
-from step128_kernels.run_launch import is_amd, run
+from step128_kernels.run_launch import run, uses_assembly
 from step128_kernels.torch_codebook import dequantize
 
 Call = Callable[[], torch.Tensor]
@@ -89,7 +89,7 @@ def gemm_runner(
     """
     place = _device(device)
     weight, x = _gemm_weight(n, k, place), activations(m, k, place, dtype)
-    launch = gemm_launch(m, n, k, config, ELEMENTS[dtype], is_amd(x))
+    launch = gemm_launch(m, n, k, config, ELEMENTS[dtype], uses_assembly(x))
     common = {"x_ptr": x, "tiles_ptr": weight.tiles, "scales_ptr": weight.scales, "codebook_ptr": codebook_table(place)}
 
     def kernel() -> torch.Tensor:

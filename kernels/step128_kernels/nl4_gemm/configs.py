@@ -12,7 +12,9 @@ from step128_kernels.tuned.load import Config, TunedTable, load_config
 
 KERNEL = "nl4_gemm"
 MOST_DECODE_ROWS = 16
-"""Beyond these the decode kernel is not tried: it looks every weight up again for eight rows."""
+"""Beyond these the decode kernel is not tried: it looks every weight up again for eight rows. Below them WMMA is not:
+so a table changes from one to the other once, at 16 or 32 rows.
+"""
 
 
 def decode_config(block_m: int, repeat: int, split_k: int, lanes: int, waves_per_eu: int = 0) -> Config:
@@ -66,7 +68,7 @@ def gemm_candidates(phase: str, n: int, k: int, m: int) -> Iterator[Config]:
     """Configs worth trying for ``m`` rows; in decode only those that cut K into equal parts, if there are any."""
     if phase == "prefill":
         for (block_m, block_n, num_warps), num_stages in product(_PREFILL_SIZES, (1, 2)):
-            if block_m <= max(16, m):
+            if 16 <= m >= block_m:
                 yield prefill_config(block_m, block_n, 64, num_warps, num_stages)
     elif m <= MOST_DECODE_ROWS:
         block_m = min(m, 8)

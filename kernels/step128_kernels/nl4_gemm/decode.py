@@ -48,4 +48,4 @@ def nl4_gemm_decode_kernel(
     mask = token[:, None, None] < m
     if not EVEN_N:
         mask = mask & (column < n)
-    tl.store(y_ptr + token[:, None, None] * n + column, to_element(y, ELEMENT), mask=mask)
+    tl.store(y_ptr + token[:, None, None] * n + column, to_element(y, ELEMENT, AMD), mask=mask)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from step128_kernels.launch import Launch, Pointer
-from step128_kernels.nl4_arguments import ELEMENT_BYTES, even, num_options, weight_pointers
+from step128_kernels.nl4_arguments import ELEMENT_BYTES, check_element, even, num_options, weight_pointers
 from step128_kernels.nl4_gemm.decode import nl4_gemm_decode_kernel
 from step128_kernels.nl4_gemm.prefill import nl4_gemm_prefill_kernel
 
@@ -24,6 +24,7 @@ def gemm_launch(m: int, n: int, k: int, config: Mapping[str, int | str], element
         element: "bf16", "fp16" or "fp32", the activations' type.
         amd: with AMD's assembly, or portable.
     """
+    check_element(element, amd)
     decode = config["phase"] == "decode"
     pointers = {
         "x_ptr": Pointer("i64" if decode else element, m * k * ELEMENT_BYTES[element]),

@@ -50,8 +50,8 @@ def nl4_gemm_prefill_kernel(
         weight = dense_tiles(
             tiles_ptr, scales_ptr, offsets, inside, codebook_ptr, BLOCK_N, BLOCK_K, EVEN_K, ELEMENT, AMD
         )
-        total = tl.dot(x, tl.trans(weight), total)
+        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
         x_ptrs += BLOCK_K
         offsets += BLOCK_K // 32 * 16
     mask = (token < m)[:, None] & (column < n)[None, :]
-    tl.store(y_ptr + token[:, None] * n + column[None, :], to_element(total, ELEMENT), mask=mask)
+    tl.store(y_ptr + token[:, None] * n + column[None, :], to_element(total, ELEMENT, AMD), mask=mask)

@@ -2,7 +2,8 @@
 
 A pair's number is ``token * top_k + slot``. A block holds up to BLOCK_M pairs of the same expert; blocks and their
 number are fixed by the shapes, so that nothing waits for the host and a graph can be captured: blocks beyond the used
-ones carry expert -1 and their programs leave at once. Pairs whose expert lives on another rank are in no block.
+ones carry expert -1 and their programs leave at once. Pairs whose expert lives on another rank are in no block, nor are
+those with expert -1: vLLM's router gives that to the rows that pad a batch to a captured size.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def align_by_sorting(
     """Make blocks for any number of pairs with torch, on the device of ``topk_ids`` and without a word to the host.
 
     Args:
-        topk_ids: int ``[tokens, top_k]``, global expert numbers.
+        topk_ids: int ``[tokens, top_k]``, global expert numbers, -1 for a row of padding.
         block_m: pairs a block.
         experts: local experts.
         expert_map: int ``[global experts]``, local number or -1; None when all are local.
@@ -49,7 +50,7 @@ def align_by_sorting(
         :func:`most_blocks` blocks, experts ascending, pairs ascending inside an expert.
     """
     flat = topk_ids.flatten().long()
-    local = flat if expert_map is None else expert_map[flat].long()
+    local = flat if expert_map is None else torch.where(flat < 0, -1, expert_map[flat.clamp(min=0)].long())
     local = torch.where(local < 0, experts, local)  # the last bin collects the pairs of other ranks
     count = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device)
     count.scatter_add_(0, local, torch.ones_like(local))
@@ -67,6 +68,14 @@ def align_by_sorting(
     owner = torch.searchsorted(blocks_before[:experts], torch.arange(blocks, device=flat.device), right=True)
     owner = torch.where(owner < experts, owner, -1).to(torch.int32)
     return ExpertBlocks(owner, pairs[:-1].view(blocks, block_m))
+
+
+@triton.jit
+def local_expert(expert, expert_map_ptr, HAS_MAP: tl.constexpr):
+    """This rank's number of a chosen expert; -1 for another rank's, and for a row of padding."""
+    if HAS_MAP:
+        expert = tl.where(expert >= 0, tl.load(expert_map_ptr + tl.maximum(expert, 0)).to(tl.int32), -1)
+    return expert
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -88,16 +97,13 @@ def nl4_moe_align_kernel(
     """
     pair = tl.arange(0, PADDED_PAIRS)
     expert = tl.load(topk_ids_ptr + pair, mask=pair < pairs, other=0).to(tl.int32)
-    if HAS_MAP:
-        expert = tl.load(expert_map_ptr + expert).to(tl.int32)
-    expert = tl.where(pair < pairs, expert, -1)
+    expert = tl.where(pair < pairs, local_expert(expert, expert_map_ptr, HAS_MAP), -1)
     rank = tl.zeros((PADDED_PAIRS,), tl.int32)
     count = tl.zeros((PADDED_PAIRS,), tl.int32)
     for start in tl.static_range(0, PADDED_PAIRS, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_expert = tl.load(topk_ids_ptr + other, mask=other < pairs, other=0).to(tl.int32)
-        if HAS_MAP:
-            other_expert = tl.load(expert_map_ptr + other_expert).to(tl.int32)
+        other_expert = local_expert(other_expert, expert_map_ptr, HAS_MAP)
         same = (expert[:, None] == other_expert[None, :]) & (other < pairs)[None, :]
         rank += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
         count += tl.sum(same.to(tl.int32), axis=1)
@@ -106,8 +112,7 @@ def nl4_moe_align_kernel(
     for start in tl.static_range(0, PADDED_PAIRS, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_expert = tl.load(topk_ids_ptr + other, mask=other < pairs, other=0).to(tl.int32)
-        if HAS_MAP:
-            other_expert = tl.load(expert_map_ptr + other_expert).to(tl.int32)
+        other_expert = local_expert(other_expert, expert_map_ptr, HAS_MAP)
         same = (expert[:, None] == other_expert[None, :]) & (other < pairs)[None, :]
         other_rank = tl.sum((same & (pair[:, None] < other[None, :])).to(tl.int32), axis=0)
         starts = same & (other_rank[None, :] == base[:, None])

@@ -24,7 +24,8 @@ def joint_config(gate_up: Config, down: Config) -> Config:
 
 DEFAULT = {
     **{m: joint_config(decode_config(m, 1, 8, 32), decode_config(m, 2, 1, 32)) for m in (1, 2, 4, 8)},
-    128: joint_config(prefill_config(16, 32, 64, 2, 1), prefill_config(16, 64, 64, 4, 1)),
+    16: joint_config(decode_config(8, 1, 8, 32), decode_config(8, 2, 1, 32)),
+    32: joint_config(prefill_config(16, 32, 64, 2, 1), prefill_config(16, 64, 64, 4, 1)),
     1024: joint_config(prefill_config(32, 32, 64, 2, 1), prefill_config(32, 64, 64, 4, 1)),
     4096: joint_config(prefill_config(64, 32, 64, 4, 1), prefill_config(64, 64, 64, 4, 1)),
 }
@@ -52,18 +53,19 @@ def moe_candidates(phase: str, shape: MoeShape) -> Iterator[Config]:
     if phase == "prefill":
         rows = shape.pairs // shape.experts  # of an expert, when all are chosen equally often
         for block_m, gate_up_sizes, down_sizes in _PREFILL_SIZES:
-            if shape.tokens > 8 and (block_m == 16 or block_m <= 2 * rows):
+            if shape.tokens >= 16 and (block_m == 16 or block_m <= 2 * rows):
                 for gate_up_size, down_size, stages in product(gate_up_sizes, down_sizes, (1, 2)):
                     yield joint_config(
                         _prefill(block_m, *gate_up_size, stages),
                         _prefill(block_m, *down_size, stages),
                     )
     elif shape.tokens <= _MOST_DECODE_TOKENS:
-        block_m = min(shape.tokens, 8)
-        gate_ups = list(_decode(block_m, (1, 2), (4, 8, 16), shape.hidden, 2))
-        downs = list(_decode(block_m, (1, 2, 4), (1, 2, 4), shape.intermediate))
-        for gate_up, down in product(gate_ups, downs):
-            yield joint_config(gate_up, down)
+        # The rows of one sequence's verification share their experts' weights; of a larger batch hardly any do.
+        for block_m in sorted({min(shape.tokens, 4), min(shape.tokens, 8)}):
+            gate_ups = _decode(block_m, (1, 2), (4, 8, 16), shape.hidden, 2)
+            downs = list(_decode(block_m, (1, 2, 4), (1, 2, 4), shape.intermediate))
+            for gate_up, down in product(gate_ups, downs):
+                yield joint_config(gate_up, down)
 
 
 def _prefill(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -75,7 +77,4 @@ def _decode(
 ) -> Iterator[Config]:
     """One kernel's part, with equal parts of K; ``parts`` rows a lane for each repeat."""
     for split_k, repeat in product(sorted(set(even_splits(k, 32)) & set(splits)) or [1], repeats):
-        crowded = block_m * repeat * parts > 16
-        yield decode_config(block_m, repeat, split_k, 32, 8 if crowded else 0)
-        if block_m * repeat * parts > 8 and not crowded:
-            yield decode_config(block_m, repeat, split_k, 32, 8)
+        yield decode_config(block_m, repeat, split_k, 32, 8 if block_m * repeat * parts > 16 else 0)

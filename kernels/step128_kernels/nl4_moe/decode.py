@@ -72,7 +72,7 @@ def nl4_moe_gate_up_decode_kernel(
         if not EVEN_N:
             mask = mask & (column < n)
         place = hidden_ptr + pair[:, None, None] * n + column
-        tl.store(place, to_element(hidden, ELEMENT), mask=mask)
+        tl.store(place, to_element(hidden, ELEMENT, AMD), mask=mask)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from step128_kernels.launch import Launch, Pointer
-from step128_kernels.nl4_arguments import ELEMENT_BYTES, even, num_options, weight_pointers
+from step128_kernels.nl4_arguments import ELEMENT_BYTES, check_element, even, num_options, weight_pointers
 from step128_kernels.nl4_moe.align import LARGEST_ALIGNED_PAIRS, most_blocks, nl4_moe_align_kernel
 from step128_kernels.nl4_moe.decode import nl4_moe_down_decode_kernel, nl4_moe_gate_up_decode_kernel
 from step128_kernels.nl4_moe.epilogue import nl4_moe_combine_kernel
@@ -168,6 +168,7 @@ def _expert_launch(
     amd: bool,
 ) -> Launch:
     """Launch of one of the four expert kernels; ``config`` names the sizes of each part with a prefix."""
+    check_element(element, amd)
     decode = config["phase"] == "decode"
     prefix = f"{part}_"
     blocks = block_count(shape, config)

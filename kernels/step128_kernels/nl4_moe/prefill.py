@@ -68,18 +68,18 @@ def nl4_moe_gate_up_prefill_kernel(
             weight = dense_tiles(
                 tiles_ptr, scales_ptr, gate_at, inside, codebook_ptr, BLOCK_N, BLOCK_K, EVEN_K, ELEMENT, AMD
             )
-            gate = tl.dot(x, tl.trans(weight), gate)
+            gate = tl.dot(x, tl.trans(weight), gate, input_precision="ieee")
             weight = dense_tiles(
                 tiles_ptr, scales_ptr, up_at, inside, codebook_ptr, BLOCK_N, BLOCK_K, EVEN_K, ELEMENT, AMD
             )
-            up = tl.dot(x, tl.trans(weight), up)
+            up = tl.dot(x, tl.trans(weight), up, input_precision="ieee")
             x_ptrs += BLOCK_K
             gate_at += BLOCK_K // 32 * 16
             up_at += BLOCK_K // 32 * 16
         hidden = clamped_swiglu(gate, up, LIMIT)
         mask = (pair >= 0)[:, None] & (column < n)[None, :]
         place = hidden_ptr + pair[:, None] * n + column[None, :]
-        tl.store(place, to_element(hidden, ELEMENT), mask=mask)
+        tl.store(place, to_element(hidden, ELEMENT, AMD), mask=mask)
 
 
 @triton.jit
@@ -126,10 +126,10 @@ def nl4_moe_down_prefill_kernel(
             weight = dense_tiles(
                 tiles_ptr, scales_ptr, offsets, inside, codebook_ptr, BLOCK_N, BLOCK_K, EVEN_K, ELEMENT, AMD
             )
-            total = tl.dot(hidden, tl.trans(weight), total)
+            total = tl.dot(hidden, tl.trans(weight), total, input_precision="ieee")
             hidden_ptrs += BLOCK_K
             offsets += BLOCK_K // 32 * 16
         total = total * tl.load(topk_weights_ptr + row)[:, None]
         mask = (pair >= 0)[:, None] & (column < n)[None, :]
         place = partial_ptr + pair[:, None] * n + column[None, :]
-        tl.store(place, to_element(total, ELEMENT), mask=mask)
+        tl.store(place, to_element(total, ELEMENT, AMD), mask=mask)

@@ -65,7 +65,7 @@ def routed_experts(
         gate_up_weight: gives ``[2 * I, hidden]`` for a local expert number, gate rows first.
         down_weight: gives ``[hidden, I]`` for a local expert number.
         topk_weights: float ``[tokens, top_k]``.
-        topk_ids: int ``[tokens, top_k]``, global expert numbers.
+        topk_ids: int ``[tokens, top_k]``, global expert numbers; -1 counts for nothing (a row of padding).
         swiglu_limit: clamp of this layer, or None.
         expert_map: int ``[experts]``: local number of each global expert, -1 where another rank holds it. None when
             this rank holds them all.
@@ -73,7 +73,7 @@ def routed_experts(
     Returns:
         ``[tokens, hidden]`` in the dtype of ``x``; sums are formed in float32.
     """
-    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+    ids = topk_ids if expert_map is None else torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0).long()])
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(ids).tolist():
         if expert < 0:

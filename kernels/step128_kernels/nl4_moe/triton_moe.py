@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from step128_kernels.nl4_arguments import ELEMENTS, codebook_table
+from step128_kernels.nl4_arguments import ELEMENTS, check_columns, codebook_table
 from step128_kernels.nl4_moe.align import ExpertBlocks, align_by_sorting
 from step128_kernels.nl4_moe.configs import moe_config
 from step128_kernels.nl4_moe.launches import (
@@ -20,7 +20,7 @@ from step128_kernels.nl4_moe.launches import (
     one_pair_blocks,
     partial_element,
 )
-from step128_kernels.run_launch import is_amd, run
+from step128_kernels.run_launch import run, uses_assembly
 
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 
@@ -68,7 +68,7 @@ def nl4_moe_triton(
         down_tiles: int64 ``[experts, hidden / 16, I / 32, 16, 2]``.
         down_scales: int32 ``[experts, hidden / 16, I / 32, 16]``.
         topk_weights: float ``[tokens, top_k]``.
-        topk_ids: int ``[tokens, top_k]``, global expert numbers.
+        topk_ids: int ``[tokens, top_k]``, global expert numbers, -1 in rows of padding.
         intermediate: I, a multiple of 16.
         swiglu_limit: clamp of this layer, or None.
         expert_map: int ``[global experts]``: local number of each, -1 where another rank holds it; None when this
@@ -76,13 +76,19 @@ def nl4_moe_triton(
         config: block sizes, instead of those tuned for the device.
 
     Returns:
-        ``[tokens, hidden]`` in the dtype of ``x``; sums are formed in float32.
+        ``[tokens, hidden]`` in the dtype of ``x``; sums are formed in float32. Rows of padding are 0.
+
+    Raises:
+        ValueError: a weight's columns are not the activations'.
     """
     tokens, hidden_size = x.shape
     y = torch.empty(tokens, hidden_size, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
-    element, amd = ELEMENTS[x.dtype], is_amd(x)
+    element = ELEMENTS[x.dtype]
+    amd = uses_assembly(x)
+    check_columns(gate_up_tiles, hidden_size)
+    check_columns(down_tiles, intermediate)
     experts = gate_up_tiles.shape[0]
     shape = MoeShape(tokens, topk_ids.shape[1], experts, hidden_size, intermediate, expert_map is not None)
     config = _config(shape, x.device) if config is None else config

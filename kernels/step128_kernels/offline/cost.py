@@ -2,8 +2,8 @@
 
 Cycles of one SIMD by instruction, each wave issuing at most one instruction per cycle:
 
-* vector ALU: 1, also ``v_dot2`` and ``v_dot4`` and a dual-issued pair (one instruction, counted once everywhere);
-  4 for float64, for 32-bit integer products (``v_mul_lo``, ``v_mul_hi``, ``v_mad_u64``);
+* vector ALU: 1, also ``v_dot2`` and ``v_dot4`` and a dual-issued pair (VALU per weight counts it as two); 4 for
+  float64, for 32-bit integer products (``v_mul_lo``, ``v_mul_hi``, ``v_mad_u64``);
 * WMMA: 16 for 16-bit, 8 for 8-bit and 4-bit operands on gfx1201; 32, 32 and 16 on gfx1151 (AMD's matrix instruction
   calculator; the same are in ROCm's origami). It cannot run beside the vector ALU, so both add up;
 * transcendentals: one issue, and 4 cycles of their own unit;
@@ -15,10 +15,11 @@ counts, not the average, and never less than one wave's own instructions one aft
 
 Clocks and sizes: R9700 (gfx1201) 64 compute units, 2.92 GHz, 640 GB/s; Radeon 8060S (gfx1151) 40, 2.9 GHz, 256 GB/s.
 
-Known error: for vLLM's int4 expert kernel (640 x 4096, one token) this model says 284 GB/s as compiled with 64-bit
-addresses and 313 GB/s with buffer instructions, where 248 GB/s were measured by others on an RX 9070 XT (the same 64
-compute units): optimistic by 15 to 26 %. It knows no latency, bank conflict or cache; expect 50-75 % of its bounds.
-llvm-mca is no alternative: it has wrong WMMA latencies and sees one wave only.
+Known error: one figure to hold it against, 248 GB/s, measured by others for vLLM's int4 experts on an RX 9070 XT (the
+same 64 compute units; their group size and clock are not known). The model says 284 GB/s for that kernel with 64-bit
+addresses, 313 with buffer instructions, 327 as vLLM 0.32 launches it with a group of 32: optimistic by 15 to 32 %. It
+knows no latency, bank conflict or cache; expect 50-75 % of its bounds. llvm-mca is no alternative: it has wrong WMMA
+latencies and sees one wave only.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class LaunchReport:
     instructions: int
     """Wave-instructions of the whole launch, waits and hints included."""
     valu: int
-    """Wave-instructions issued to the vector ALU; a dual-issued pair is one."""
+    """Wave-instructions of the vector ALU; a dual-issued pair is two, though it is issued as one."""
     wmma: int
     mix: Mapping[str, int]
     load_bytes: Mapping[str, Mapping[int, int]]
@@ -168,7 +168,7 @@ def launch_report(launch: Launch, compiled: Compiled, count: LaunchCount, arch: 
     notes = count.assembly.metadata
     mix = instruction_mix(count)
     valu = sum(
-        times * sum(one.is_valu for one in block.instructions)
+        times * sum(len(one.parts) for one in block.instructions if one.is_valu)
         for block, times in zip(count.assembly.blocks, count.blocks, strict=True)
     )
     resident = waves_per_simd(notes["vgpr_count"], compiled.lds_bytes, launch.num_warps)
@@ -230,7 +230,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "instruction_mix": report.mix,
         "load_bits": report.load_bits,
         "wmma_per_launch": report.wmma,
-        "assumptions": sorted({text for one in report.launches for text in one.assumptions}),
+        "assumptions": sorted({*case.notes, *(text for one in report.launches for text in one.assumptions)}),
         "launches": [asdict(one) for one in report.launches],
         "modelled": ["bound_bytes_per_second", "share_of_bandwidth", "modelled_seconds"],
         "source": "compiled and counted without a GPU; times are modelled, not measured",

@@ -4,8 +4,11 @@ A wave that needs what it loaded waits for it; meanwhile others run, if there ar
 time: rounds of waiting, times the latency, over the waves that are resident. A launch of few waves that each go to
 memory often is slow however few instructions it has.
 
-Two latencies, both assumptions and the same for both GPUs: 600 ns from DRAM under load, 150 ns from a cache. A pointer
-whose bytes the launch loads several times over (activations, which every work-group reads) is taken to be cached.
+All of this is assumed, and the same for both GPUs: 600 ns from DRAM under load; 150 ns from a cache, for pointers whose
+bytes the launch loads at least four times over (activations, which every work-group reads), but never for weights; a
+wait for loads is taken to be a wait for all of them; loads still under way where a basic block ends are forgotten
+(loops that LLVM or Triton pipelined so wait less here than they do); scalar loads, LDS and the start of a launch cost
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from step128_kernels.offline.count import LaunchCount
 MEMORY_LATENCY_SECONDS = 600e-9
 CACHE_LATENCY_SECONDS = 150e-9
 _CACHED_REUSE = 4
+_WEIGHTS = frozenset({"tiles_ptr", "scales_ptr", "b_ptr", "b_scale_ptr"})  # ours, and those of vLLM's kernels
 
 _LOAD = re.compile(r"(global|buffer|flat)_load")
 _WAIT = re.compile(r"s_wait_loadcnt|s_wait_loadcnt_dscnt|s_waitcnt$")
@@ -41,11 +45,12 @@ def block_waiting_seconds(number: int, block: Block, count: LaunchCount, cached:
 
 
 def cached_pointers(launch: Launch, count: LaunchCount) -> frozenset[str]:
-    """Pointers whose bytes are loaded several times over."""
+    """Pointers whose bytes are loaded several times over, weights excepted."""
     return frozenset(
         name
         for name, widths in loaded_bytes(count).items()
-        if name in launch.pointers and sum(widths.values()) >= _CACHED_REUSE * launch.pointers[name].size_bytes
+        if name in launch.pointers.keys() - _WEIGHTS
+        and sum(widths.values()) >= _CACHED_REUSE * launch.pointers[name].size_bytes
     )
 
 

@@ -79,7 +79,7 @@ def test_experts_with_amd_assembly(quantized, poisoned, amd_assembly, monkeypatc
         portable = triton_moe.nl4_moe_triton(*arguments, CONFIGS[name])
         assert not amd_assembly
         with monkeypatch.context() as patch:
-            patch.setattr(triton_moe, "is_amd", lambda _: True)
+            patch.setattr(triton_moe, "uses_assembly", lambda _: True)
             y = triton_moe.nl4_moe_triton(*arguments, CONFIGS[name])
         assert "v_perm_b32" in amd_assembly
         amd_assembly.clear()
