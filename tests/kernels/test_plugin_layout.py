@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from step128_kernels import codebook
-from step128_kernels.nl4_gemm import nl4_gemm, nl4_gemm_tiled
+from step128_kernels.nl4_gemm import nl4_gemm
 from step128_kernels.nl4_layout import to_kernel_layout
-from step128_kernels.nl4_moe import nl4_moe, nl4_moe_tiled
+from step128_kernels.nl4_moe import nl4_moe
 from step128_kernels.nl4_moe.reference import route
+from step128_kernels.torch_codebook import dequantize
 from step128_kernels.vllm_plugin import kernel_layout
 from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout, weight_order, weight_path
 from step128_kernels.vllm_plugin.names import checkpoint_names
@@ -154,7 +155,7 @@ def test_operators_are_what_a_compiler_is_told(
 
 
 @pytest.mark.usefixtures("switched_on")
-def test_methods_compute_the_same_from_either_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_compute_the_same_from_either_order() -> None:
     pytest.importorskip("vllm")
     from step128_kernels.vllm_plugin.load_report import weights_in_use
     from step128_kernels.vllm_plugin.quantization import NL4LinearMethod
@@ -177,31 +178,130 @@ def test_methods_compute_the_same_from_either_order(monkeypatch: pytest.MonkeyPa
     assert weights_in_use(served) == {"weight_path": "torch", "weight_order": "kernel"}
     other = layer_with(weight=quantized(16, 32))
     other.quant_method = method
-    monkeypatch.setattr(
-        torch.nn.Parameter, "is_cuda", property(lambda weight: weight.dtype == torch.int64), raising=False
-    )
-    mixed = weights_in_use(torch.nn.ModuleList([layer, other]))
-    assert mixed == {"weight_path": "torch+triton", "weight_order": "checkpoint+kernel"}
+    assert weights_in_use(torch.nn.ModuleList([layer, other])) == {
+        "weight_path": "torch",
+        "weight_order": "checkpoint+kernel",
+    }
     assert weights_in_use(torch.nn.ModuleList([StandIn(layer)])) == {"weight_path": None, "weight_order": None}
 
 
+def test_triton_is_reported_only_where_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, weights that were left in the checkpoint's order are the reference's, and are seen beside others."""
+    pytest.importorskip("vllm")
+    from step128_kernels.vllm_plugin.load_report import weights_in_use
+    from step128_kernels.vllm_plugin.moe import NL4MoEMethod
+    from step128_kernels.vllm_plugin.quantization import NL4LinearMethod
+
+    monkeypatch.setenv("STEP128_KERNEL_LAYOUT", "1")
+    tiled, left = layer_with(weight=quantized(16, 32)), layer_with(weight=quantized(16, 32))
+    use_kernel_layout(tiled, "weight")
+    tiled.quant_method = left.quant_method = NL4LinearMethod()
+    experts = layer_with(w13_weight=quantized(3, 32, 48), w2_weight=quantized(3, 48, 16))
+    experts.quant_method = NL4MoEMethod(None)
+    use_kernel_layout(experts, "w13_weight")
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda _: True), raising=False)
+
+    def found(*layers: torch.nn.Module) -> tuple[str | None, str | None]:
+        in_use = weights_in_use(torch.nn.ModuleList(layers))
+        return in_use["weight_path"], in_use["weight_order"]
+
+    assert found(tiled) == ("triton", "kernel")
+    assert found(left) == ("torch", "checkpoint")
+    assert found(tiled, left) == ("torch+triton", "checkpoint+kernel")
+    assert found(experts) == ("torch+triton", "checkpoint+kernel")  # half of its weights
+
+
+def plain_experts(
+    x: np.ndarray, w13: np.ndarray, w2: np.ndarray, weights: np.ndarray, ids: np.ndarray, owners: list[int]
+) -> np.ndarray:
+    """``[tokens, hidden]`` in float64, one token and one expert at a time; ``owners``: local number of each expert."""
+    result = np.zeros_like(x, dtype=np.float64)
+    for token, slot in np.ndindex(*ids.shape):
+        expert = -1 if ids[token, slot] < 0 else owners[ids[token, slot]]
+        if expert >= 0:
+            gate, up = np.split(w13[expert].astype(np.float64) @ x[token], 2)
+            hidden = np.minimum(gate / (1 + np.exp(-gate)), 7.0) * np.clip(up, -7.0, 7.0)
+            result[token] += weights[token, slot] * (w2[expert].astype(np.float64) @ hidden)
+    return result
+
+
+OWNERS = {"all experts here": [0, 1, 2, 3, 4], "some elsewhere": [-1, 2, -1, 0, 1, 4, 3]}
+
+
+@pytest.mark.usefixtures("switched_on")
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_of_vllm_s_router(tokens: int, ids_dtype: torch.dtype, owners: list[int]) -> None:
+    """Routing as vLLM hands it to ``apply``: rows that pad a batch have expert -1, and weights that mean nothing."""
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from step128_kernels.vllm_plugin.moe import NL4MoEMethod
+
+    w13, w2 = quantized(5, 64, 96, seed=1), quantized(5, 96, 32, seed=2)
+    method, layer = NL4MoEMethod(None), layer_with(w13_weight=w13, w2_weight=w2)
+    layer.nl4_intermediate, layer.activation = 32, MoEActivation.SWIGLUSTEP
+    layer.expert_map = torch.tensor(owners, dtype=torch.int32) if -1 in owners else None
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens + 2, 96, generator=generator) * 30  # so that the clamps matter
+    ids = torch.rand(tokens + 2, len(owners), generator=generator).argsort(dim=-1)[:, :3].to(ids_dtype)
+    weights = torch.rand(tokens + 2, 3, generator=generator)
+    padding = [0, tokens + 1]
+    ids[padding] = -1
+
+    def apply() -> torch.Tensor:
+        return method.apply(layer, x, weights, ids, None, None)
+
+    before = apply()
+    method.process_weights_after_loading(layer)
+    assert in_kernel_layout(layer, "w13_weight") and in_kernel_layout(layer, "w2_weight")
+    got = apply()
+    assert torch.equal(got, before) and not got[padding].any()
+    exact = [codebook.dequantize(packed.numpy(), scale.numpy()) for packed, scale in (w13, w2)]
+    wanted = plain_experts(x.numpy(), *exact, weights.numpy(), ids.numpy(), owners)
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-4, atol=1e-3)
+    assert np.abs(wanted).max() > 10
+    if tokens > 1:
+        assert got[1:-1].any(dim=-1).sum() > 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("tokens", [1, 4, 7, 100])
-def test_on_a_gpu_triton_computes_and_nothing_waits_for_the_host(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4, 7, 200])
+def test_on_a_gpu_triton_computes_and_nothing_waits_for_the_host(
+    tokens: int, dtype: torch.dtype, owners: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linear layer, experts (with 200 tokens aligned by sorting) and embedding, replayed on another batch."""
+    pytest.importorskip("vllm")
+    from step128_kernels.vllm_plugin.ops import nl4_embedding_tiled_op, nl4_linear_tiled_op, nl4_moe_tiled_op
+
     monkeypatch.delenv("STEP128_KERNEL_LAYOUT", raising=False)
     w13, w2 = quantized(5, 64, 96, seed=1), quantized(5, 96, 32, seed=2)
     layer = layer_with(weight=quantized(37, 96), w13_weight=w13, w2_weight=w2).to("cuda")
     use_kernel_layout(layer, "weight", "w13_weight", "w2_weight")
     assert {weight_path(layer, prefix) for prefix in ("weight", "w13_weight", "w2_weight")} == {"triton"}
-    x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0)).to("cuda", torch.float16)
-    routing = route(torch.randn(tokens, 5, generator=torch.Generator().manual_seed(1)), None, 2, True, 3.0)
-    on_gpu = [part.to("cuda") for part in routing]
+    expert_map = torch.tensor(owners, dtype=torch.int32) if -1 in owners else None
+    map_on_gpu = None if expert_map is None else expert_map.to("cuda")
+
+    def batch(seed: int, padding: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, 96, generator=generator).to(dtype)
+        logits = torch.randn(tokens, len(owners), generator=generator)
+        weights, ids = route(logits, None, 2, True, 3.0)
+        ids[tokens - padding :] = -1
+        return [x, weights, ids, torch.randint(37, (tokens,), generator=generator)]
+
+    linear = (layer.weight_tiles, layer.weight_scales)
     experts = [getattr(layer, f"{name}_weight_{part}") for name in ("w13", "w2") for part in ("tiles", "scales")]
+    x, weights, ids, token_ids = on_gpu = [part.to("cuda") for part in batch(0, 0)]
 
     def compute() -> list[torch.Tensor]:
         return [
-            nl4_gemm_tiled(x, layer.weight_tiles, layer.weight_scales, 37),
-            nl4_moe_tiled(x, *experts, *on_gpu, 32, 7.0),
+            nl4_linear_tiled_op(x, *linear, 37),
+            nl4_moe_tiled_op(x, *experts, weights, ids, 32, 7.0, map_on_gpu),
+            nl4_embedding_tiled_op(token_ids, *linear, 96, dtype),
         ]
 
     compute()  # compiles, and finds the block sizes
@@ -213,8 +313,20 @@ def test_on_a_gpu_triton_computes_and_nothing_waits_for_the_host(tokens: int, mo
             captured = compute()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph.replay()
-    exact = x.cpu().float()
-    wanted = [nl4_gemm(exact, *quantized(37, 96)), nl4_moe(exact, *w13, *w2, *routing, 7.0)]
-    for got, reference in zip(captured, wanted, strict=True):
-        torch.testing.assert_close(got.cpu().float(), reference, rtol=2e-2, atol=2e-2)  # float16 and its products
+    for padding in (0, (tokens + 1) // 2):
+        another = batch(1, padding)
+        for old, new in zip(on_gpu, another, strict=True):
+            old.copy_(new)
+        graph.replay()
+        exact = another[0].float()
+        packed, scale = quantized(37, 96)
+        wanted = [
+            nl4_gemm(exact, packed, scale),
+            nl4_moe(exact, *w13, *w2, another[1], another[2], 7.0, expert_map),
+            dequantize(packed[another[3]], scale[another[3]], dtype).float(),
+        ]
+        tolerance = 2e-2 if dtype == torch.float16 else 1e-1  # of activations and of what is between two products
+        for got, reference in zip(captured, wanted, strict=True):
+            torch.testing.assert_close(got.cpu().float(), reference, rtol=tolerance, atol=tolerance)
+        assert not captured[1][tokens - padding :].any()
+        assert torch.equal(captured[2].cpu().float(), wanted[2])

@@ -116,22 +116,22 @@ def test_inputs_that_do_not_fit_rule_nothing_out() -> None:
 @dataclass
 class Report:
     spills: int = 0
+    scratch_bytes: int = 0
     waves_per_simd: float = 8.0
     valu_per_weight: float = 4.0
     wmma: int = 0
     ranking_seconds: float = 1e-5
-    tile_bits: int = 128
+    tile_bits: int | None = 128
 
     @property
     def load_bits(self) -> dict[str, int]:
-        return {"tiles_ptr": self.tile_bits}
+        return {"?": 128} if self.tile_bits is None else {"tiles_ptr": self.tile_bits}
 
 
 @pytest.mark.parametrize(
-    ("report", "judged", "problem"),
+    ("report", "judged", "missed"),
     [
         (Report(), candidate(1), None),
-        (Report(spills=1), candidate(1), "spills registers"),
         (Report(waves_per_simd=7.9), candidate(1), "fewer than 8 waves per SIMD"),
         (Report(valu_per_weight=4.1), candidate(1), "more than 4 vector operations per weight"),
         (Report(valu_per_weight=6.0), candidate(2), None),
@@ -141,16 +141,23 @@ class Report:
         (Report(valu_per_weight=80.0), candidate(16), None),
         (Report(), candidate(16, "prefill"), "no WMMA"),
         (Report(tile_bits=64), candidate(1), "weights are loaded by fewer than 128 bits"),
+        (Report(tile_bits=None), candidate(1), "the width of weight loads could not be told"),
+        (Report(tile_bits=None), candidate(1, "decode", "vllm_fused_moe"), None),
         (Report(wmma=1, tile_bits=64), candidate(64, "prefill"), "weights are loaded by fewer than 128 bits"),
         (Report(wmma=1, waves_per_simd=1.0, valu_per_weight=80.0), candidate(8, "prefill"), None),
-        (Report(wmma=1, spills=1), candidate(8, "prefill"), "spills registers"),
         (Report(valu_per_weight=80.0), candidate(1, "decode", "vllm_fused_moe"), None),
-        (Report(spills=1), candidate(1, "decode", "vllm_fused_moe"), "spills registers"),
     ],
 )
-def test_gates(report: Report, judged: Candidate, problem: str | None) -> None:
-    expected = Outcome(seconds=1e-5) if problem is None else Outcome(problem=problem)
-    assert outcome_of(report, judged) == expected
+def test_gates(report: Report, judged: Candidate, missed: str | None) -> None:
+    assert outcome_of(report, judged) == Outcome(seconds=1e-5, missed=missed)
+
+
+@pytest.mark.parametrize("report", [Report(spills=1), Report(scratch_bytes=4, tile_bits=64)])
+@pytest.mark.parametrize(
+    "judged", [candidate(1), candidate(8, "prefill"), candidate(1, "decode", "vllm_fused_moe")], ids=str
+)
+def test_spilled_registers_rule_out(report: Report, judged: Candidate) -> None:
+    assert outcome_of(report, judged) == Outcome(problem="spills registers")
 
 
 JUDGES = """

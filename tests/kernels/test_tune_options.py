@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from step128_kernels.tune import command as tune
 from step128_kernels.tune import options as tune_options
 from step128_kernels.tune import spaces as tune_spaces
 from step128_kernels.tune.options import UnsupportedGpuError, UsageError, output_folder, plan
+from step128_kernels.tuned.names import file_name, spellings, tune_command
 
 SHAPES = {
     "nl4_gemm": ({"N": 2560, "K": 4096}, {"N": 4096, "K": 1280}),
@@ -61,6 +63,22 @@ def test_another_arch_than_the_gpus_is_modelled() -> None:
         assert (targets, measured) == (["nl4_gemm N=32,K=64 on AMD_Radeon_8060S gfx1151"], False)
 
 
+@pytest.mark.parametrize(
+    ("device", "arch"),
+    [("AMD Radeon AI PRO R9700", "gfx1201"), ("AMD_Radeon_RX9070XT", "gfx1201"), ("AMD_Radeon_8060S", "gfx1151")],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_of_the_loaders_warning_makes_the_missing_file(device: str, arch: str, there: bool) -> None:
+    shape = {"N": 48, "K": 4096}
+    words = shlex.split(tune_command("nl4_gemm", shape, device, arch))
+    assert words[:2] == ["step128-kernels", "tune"]
+    gpu = Gpu(spellings(device)[0], arch, "amdgpu 6.14") if there else None
+    found = plan(options(*words[2:]), SHAPES, gpu)
+    [target] = found.targets
+    assert target.path(Path()).name == file_name("nl4_gemm", shape, spellings(device)[0])
+    assert (found.gpu is not None) is there
+
+
 def test_a_devices_name_is_written_as_vllm_spells_it() -> None:
     arguments = ("--kernel", "nl4_moe", "--arch", "gfx1151", "--device-name", "Radeon 8060S Graphics")
     assert planned(None, *arguments)[0] == ["nl4_moe E=240,N=320,K=4096,top_k=8 on AMD_Radeon_8060S gfx1151"]
@@ -82,6 +100,10 @@ def test_another_gpu_is_refused(gpu: Gpu, kind: str) -> None:
         (None, ("--kernel", "nl5"), "nl5: no such kernel; there are nl4_gemm, nl4_moe"),
         (None, ("--shape", "N=1,K=16"), "one --kernel"),
         (None, ("--kernel", "nl4_moe", "--shape", "N=1,K=16"), "has E, N, K, top_k, as in E=240"),
+        (None, ("--kernel", "nl4_gemm", "--shape", "N=1,K=24"), "K=24 of nl4_gemm is no multiple of 16"),
+        (None, ("--kernel", "nl4_moe", "--shape", "E=4,N=16,K=8,top_k=2"), "K=8 of nl4_moe is no multiple"),
+        (None, ("--kernel", "nl4_moe", "--shape", "E=4,N=40,K=16,top_k=2"), "N=40 of nl4_moe is no multiple"),
+        (None, ("--kernel", "nl4_moe", "--shape", "E=4,N=16,K=16,top_k=5"), "top_k=5 .* from E=4"),
         (None, ("--device-name", "AMD_Radeon_R9700"), "needs --arch"),
         (R9700, ("--device-name", "AMD_Radeon_8060S"), "this GPU is AMD_Radeon_R9700"),
     ],

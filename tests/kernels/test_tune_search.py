@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,49 @@ def test_a_target_of_which_nothing_serves_is_told_and_stops_no_other(tmp_path: P
     assert "nl4_gemm N=64,K=128 on AMD_Radeon_R9700" in problem
     assert "at 16 rows: spills registers (2 of 2)" in problem
     assert not GEMM.path(tmp_path).exists()
+
+
+def missing(gates: Mapping[tuple[int, int], str], stop_after: int | None = None) -> Any:
+    """A judge that says of some rows and BLOCK_N which gate they miss."""
+
+    def judge(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
+        for candidate, outcome in Judging(stop_after)(candidates):
+            gate = gates.get((candidate.rows, candidate.config["BLOCK_N"]))
+            yield candidate, outcome if outcome.seconds is None else replace(outcome, missed=gate)
+
+    return judge
+
+
+def test_who_misses_a_gate_serves_only_where_all_do(tmp_path: Path) -> None:
+    """At 1 row the slower one meets the gates; at 16 none does, and the faster of them is taken, though given last."""
+    gates = {(1, 32): "few waves", (8, 16): "narrow", (16, 16): "few waves", (16, 32): "few waves"}
+    result = run(tmp_path / "whole", missing(gates))
+    assert result.written == [str(GEMM.path(tmp_path / "whole"))]
+    configs = json.loads(GEMM.path(tmp_path / "whole").read_text())["configs"]
+    assert {rows: (one["phase"], one["BLOCK_N"]) for rows, one in configs.items()} == {
+        "1": ("decode", 16),
+        "8": ("prefill", 32),
+        "16": ("prefill", 16),
+    }
+    assert result.warned == [
+        "nl4_gemm N=64,K=128 on AMD_Radeon_R9700: at 16 rows no candidate meets all gates; the fastest serves, with: "
+        "few waves."
+    ]
+    for stop_after in range(1, len(SECONDS)):  # an interrupted run remembers the gates too
+        output = tmp_path / str(stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(output, missing(gates, stop_after))
+        assert run(output, missing(gates)).warned == result.warned
+        assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_rows_that_miss_the_same_gate_are_told_together(tmp_path: Path) -> None:
+    gates = {(rows, block): "narrow" if rows == 8 else "few waves" for rows in (1, 8, 16) for block in (16, 32)}
+    warned = run(tmp_path, missing(gates)).warned
+    assert [warning.partition(": at ")[2] for warning in warned] == [
+        "1, 16 rows no candidate meets all gates; the fastest serves, with: few waves.",
+        "8 rows no candidate meets all gates; the fastest serves, with: narrow.",
+    ]
 
 
 def test_a_model_never_replaces_measurements(tmp_path: Path) -> None:

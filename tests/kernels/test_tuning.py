@@ -138,7 +138,8 @@ def test_without_a_file_the_nearest_shape_of_the_arch_serves_with_one_warning(
     assert record.levelno == logging.WARNING
     assert "N=2560,K=4096,device_name=AMD_Radeon_R9700,dtype=nl4.json" in message
     assert near.name in message
-    assert message.endswith("step128-kernels tune --kernel nl4_gemm --shape N=2560,K=4096")
+    assert "on AMD_Radeon_R9700:" in message
+    assert message.endswith(": step128-kernels tune --kernel nl4_gemm --shape N=2560,K=4096 --arch gfx1201")
 
 
 def test_same_shape_on_another_gpu_of_the_arch_is_nearest(shipped: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,6 +194,35 @@ def test_a_broken_neighbour_is_named_and_a_stranger_is_ignored(shipped: Path) ->
     with pytest.raises(TuningFileError, match="source") as failure:
         load_config("nl4_gemm", GEMM, R9700[0], "gfx1201", default=DEFAULT)
     assert str(path) in str(failure.value)
+
+
+KEYS = {"decode": frozenset({"BLOCK_N"}), "prefill": frozenset({"BLOCK_M", "BLOCK_N"})}
+
+
+@pytest.mark.parametrize("shape", [GEMM, {"N": 4096, "K": 4096}], ids=["exact", "nearest"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"phase": "decode", "BLOK_N": 1}, r"configs\.4\.BLOK_N is not a key .*decode .*BLOCK_N, phase"),
+        ({"phase": "decode", "BLOCK_N": 1, "BLOCK_M": 1}, r"configs\.4\.BLOCK_M is not a key"),
+        ({"phase": "prefill", "BLOCK_N": 1}, r"configs\.4\.BLOCK_M is missing; a prefill"),
+    ],
+)
+def test_keys_are_those_that_the_kernel_reads(
+    shipped: Path, config: dict[str, Any], words: str, shape: dict[str, int]
+) -> None:
+    path = put(shipped, shape=shape, configs=marked(1) | {"4": config})
+    with pytest.raises(TuningFileError, match=words) as failure:
+        load_config("nl4_gemm", GEMM, R9700[0], "gfx1201", default=DEFAULT, keys=KEYS)
+    assert str(path) in str(failure.value)
+    assert load_config("nl4_gemm", GEMM, R9700[0], "gfx1201", default=DEFAULT).path == path  # unchecked
+    with pytest.raises(TuningFileError, match="'decode', and nl4_gemm has only prefill"):
+        load_config("nl4_gemm", GEMM, R9700[0], "gfx1201", default=DEFAULT, keys={"prefill": frozenset({"BLOCK_M"})})
+
+
+def test_right_keys_are_taken(shipped: Path) -> None:
+    path = put(shipped, configs=marked(1) | {"16": {"phase": "prefill", "BLOCK_M": 1, "BLOCK_N": 1}})
+    assert load_config("nl4_gemm", GEMM, R9700[0], "gfx1201", default=DEFAULT, keys=KEYS).path == path
 
 
 def test_a_file_of_another_arch_is_refused(shipped: Path) -> None:

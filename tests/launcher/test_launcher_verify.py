@@ -13,7 +13,7 @@ from step128_launcher.planning.plan import Limits, Plan
 from step128_launcher.planning.planner import make_plan
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.supervisor.load_report import LoadReport, read_load_reports
-from step128_launcher.supervisor.verify import Observation, Outcome, verify
+from step128_launcher.supervisor.verify import Check, Observation, Outcome, verify
 from step128_launcher.supervisor.vllm_log import LogFollower, cause, phase_of, plugin_error, read_tail, remedy
 
 
@@ -49,6 +49,7 @@ def good(plan: Plan, footprint: ModelFootprint) -> Observation:
             quant_method="nl4",
             policy="all-linears",
             weight_path="torch",
+            weight_order="checkpoint",
             quantized_modules={part.name: 1 for part in footprint.components if part.quantized and part.draft == draft},
             kv_cache_dtype="fp8",
             kv_scales={layer: (pair.k, pair.v) for layer, pair in (footprint.kv_scales or {}).items()},
@@ -98,6 +99,12 @@ CASES: dict[str, tuple[Change, str, Outcome, str]] = {
     "other plugin version": (_draft(plugin_version="0.0.9"), "plugin_version", Outcome.FAIL, "0.0.9"),
     "not quantized": (_target(quant_method=None), "quantization", Outcome.FAIL, "nl4"),
     "other weight path": (_target(weight_path="triton"), "weight_path", Outcome.FAIL, "triton"),
+    "other weight path of the draft": (
+        _draft(weight_path="torch+triton"),
+        "weight_path",
+        Outcome.FAIL,
+        "draft rank 0: path torch+triton, order checkpoint; expected path torch",
+    ),
     "component lost": (
         _target(quantized_modules={"routed_experts": 3}),
         "quantized_components",
@@ -158,15 +165,58 @@ def test_each_difference_is_found(case: str, plan: Plan, footprint: ModelFootpri
     assert text in found[name].detail
 
 
-def test_on_a_gpu_our_kernels_must_compute(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:
+def weight_path_check(plan: Plan, footprint: ModelFootprint, seen: Observation) -> Check:
+    return next(check for check in verify(plan, footprint, "m", seen) if check.name == "weight_path")
+
+
+@pytest.mark.parametrize("change", [_target, _draft])
+@pytest.mark.parametrize(
+    ("path", "order"),
+    [
+        ("torch", "checkpoint"),
+        ("torch", "kernel"),
+        ("torch+triton", "checkpoint+kernel"),
+        ("triton", None),
+        (None, None),
+    ],
+)
+def test_on_a_gpu_only_our_kernels_may_compute(
+    change: Callable[..., Change],
+    path: str | None,
+    order: str | None,
+    plan: Plan,
+    footprint: ModelFootprint,
+    good: Observation,
+) -> None:
     gpu = replace(plan, device="rocm")
-    for path, outcome in {"triton": Outcome.PASS, "torch": Outcome.FAIL, "torch+triton": Outcome.FAIL}.items():
-        checks = verify(gpu, footprint, "m", _target(weight_path=path)(good, gpu))
-        found = {check.name: check for check in checks}
-        assert found["weight_path"].outcome is outcome, found["weight_path"]
-    plain = replace(footprint, quantization=None)
-    found = {check.name: check for check in verify(gpu, plain, "m", _target(weight_path=None)(good, gpu))}
-    assert found["weight_path"].outcome is Outcome.PASS
+    right = [replace(report, weight_path="triton", weight_order="kernel") for report in good.reports]
+    seen = replace(good, reports=right)
+    assert weight_path_check(gpu, footprint, seen) == Check("weight_path", Outcome.PASS, "triton")
+    wrong = weight_path_check(gpu, footprint, change(weight_path=path, weight_order=order)(seen, gpu))
+    assert wrong.outcome is Outcome.FAIL
+    assert f"path {path}, order {order}; expected path triton, order kernel." in wrong.detail
+    assert "memory that the plan does not count" in wrong.detail
+
+
+def test_on_a_cpu_either_order_is_right(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:
+    for order in ("kernel", "checkpoint", None):
+        check = weight_path_check(plan, footprint, _target(weight_order=order)(good, plan))
+        assert check == Check("weight_path", Outcome.PASS, "torch")
+
+
+@pytest.mark.parametrize("device", ["cpu", "rocm"])
+def test_a_model_that_is_not_quantized_has_no_weight_path(
+    device: str, plan: Plan, footprint: ModelFootprint, good: Observation
+) -> None:
+    on_device, plain = replace(plan, device=device), replace(footprint, quantization=None)
+    none = [replace(report, weight_path=None, weight_order=None) for report in good.reports]
+    assert weight_path_check(on_device, plain, replace(good, reports=none)).outcome is Outcome.PASS
+    assert weight_path_check(on_device, plain, good).outcome is Outcome.FAIL
+    parts = tuple(replace(part, quantized=part.quantized and not part.draft) for part in footprint.components)
+    path = {"cpu": ("torch", "checkpoint"), "rocm": ("triton", "kernel")}[device]
+    reports = [replace(good.reports[0], weight_path=path[0], weight_order=path[1]), none[1]]
+    only_target = replace(footprint, components=parts)
+    assert weight_path_check(on_device, only_target, replace(good, reports=reports)).outcome is Outcome.PASS
 
 
 def test_draft_must_be_absent_when_mtp_is_off(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:

@@ -98,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
     for verb, paths in (("wrote", result.written), ("kept, as it was measured:", result.kept)):
         for path in paths:
             print(f"{verb} {path}", file=sys.stderr if options.json else sys.stdout)
+    for warning in result.warned:
+        print(f"step128-kernels: warning: {warning}", file=sys.stderr)
     for problem in result.failed:
         print(f"step128-kernels: {problem}", file=sys.stderr)
     return _NOTHING_SERVES if result.failed else 0

@@ -9,9 +9,9 @@ from typing import Any
 from rich.progress import Progress
 
 from step128_kernels.tune.journal import Journal, OutputError, make_folder, write_json
-from step128_kernels.tune.search import Judge, NothingServesError, Space, Target, candidates_of, search
+from step128_kernels.tune.search import Choice, Judge, NothingServesError, Space, Target, candidates_of, search
 from step128_kernels.tuned.names import VLLM_FUSED_MOE
-from step128_kernels.tuned.schema import MEASURED, MODELLED, SCHEMA, Config
+from step128_kernels.tuned.schema import MEASURED, MODELLED, SCHEMA
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,13 @@ class Provenance:
 
 @dataclass
 class Result:
-    """What a run has done: files written, measured files that a model must not replace, and targets that failed."""
+    """What a run has done: files written, measured files that a model must not replace, and targets that failed.
+
+    `warned` says of written files for which rows no candidate meets all gates.
+    """
 
     written: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -63,6 +67,7 @@ def tune(
             chosen = search(candidates, judge, journal, lambda task=task: bar.advance(task))  # type: ignore[misc]
             _write(target, path, chosen, provenance)
             result.written.append(str(path))
+            result.warned += _warnings(target, chosen)
             journals.append(journal)
         except NothingServesError as error:
             result.failed.append(str(error))
@@ -80,7 +85,19 @@ def _fingerprint(target: Target, provenance: Provenance) -> dict[str, Any]:
     return {key: known[key] for key in known if key != "date"}
 
 
-def _write(target: Target, path: Path, chosen: Mapping[int, Config], provenance: Provenance) -> None:
+def _warnings(target: Target, chosen: Mapping[int, Choice]) -> list[str]:
+    """One sentence for each gate that a chosen configuration misses."""
+    rows_of: dict[str, list[str]] = {}
+    for rows, choice in chosen.items():
+        if choice.missed is not None:
+            rows_of.setdefault(choice.missed, []).append(str(rows))
+    return [
+        f"{target}: at {', '.join(rows)} rows no candidate meets all gates; the fastest serves, with: {missed}."
+        for missed, rows in rows_of.items()
+    ]
+
+
+def _write(target: Target, path: Path, chosen: Mapping[int, Choice], provenance: Provenance) -> None:
     document = {
         "schema": SCHEMA,
         "kernel": target.kernel,
@@ -94,12 +111,13 @@ def _write(target: Target, path: Path, chosen: Mapping[int, Config], provenance:
         "driver": provenance.driver,
     }
     if target.kernel != VLLM_FUSED_MOE:
-        write_json(path, document | {"configs": {str(rows): dict(config) for rows, config in chosen.items()}})
+        write_json(path, document | {"configs": {str(rows): dict(choice.config) for rows, choice in chosen.items()}})
         return
     # vLLM takes every key but triton_version for a number of rows, and every key below for an option of its kernel.
     write_json(_sidecar(path), document)
     configs = {
-        str(rows): {key: value for key, value in config.items() if key != "phase"} for rows, config in chosen.items()
+        str(rows): {key: value for key, value in choice.config.items() if key != "phase"}
+        for rows, choice in chosen.items()
     }
     write_json(path, {"triton_version": provenance.versions.get("triton", "")} | configs)
 

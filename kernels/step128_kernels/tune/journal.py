@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ class OutputError(KernelToolError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate: seconds of one call, or the problem that rules it out."""
+    """What became of one candidate: seconds of one call, or the problem that rules it out.
+
+    `missed` is a gate of the shipped kernels that it misses: it may serve, but only where nothing meets them all.
+    """
 
     seconds: float | None = None
     problem: str | None = None
+    missed: str | None = None
+
+
+_OUTCOME = tuple(field.name for field in fields(Outcome))
 
 
 class Journal:
@@ -71,7 +78,7 @@ class Journal:
             if number == 0:
                 self._check(entry, fingerprint)
             else:
-                self.finished[entry["candidate"]] = Outcome(entry["seconds"], entry["problem"])
+                self.finished[entry["candidate"]] = Outcome(**{key: entry[key] for key in _OUTCOME})
             good_bytes += len(line)
         os.ftruncate(self._descriptor, good_bytes)
         os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -166,7 +173,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except ValueError:
         return None
-    known = isinstance(entry, dict) and ("fingerprint" in entry or {"candidate", "seconds", "problem"} <= set(entry))
+    known = isinstance(entry, dict) and ("fingerprint" in entry or {"candidate", *_OUTCOME} <= set(entry))
     return entry if known else None
 
 

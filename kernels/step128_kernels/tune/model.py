@@ -1,4 +1,4 @@
-"""Candidates without a GPU: each compiled and counted, and ruled out if it misses a gate of the shipped kernels."""
+"""Candidates without a GPU: each compiled and counted, and put behind the others if it misses a gate of our kernels."""
 
 import multiprocessing
 import os
@@ -17,7 +17,8 @@ from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 METHOD = (
     "least of the root of squares of issuing, waiting for memory and moving the weights, by the cost model over "
-    "compiled code (step128-kernels inspect), among candidates with no spills that meet the gates of their phase"
+    "compiled code (step128-kernels inspect), among candidates with no spills, those that meet the gates of their "
+    "phase first"
 )
 
 _LEAST_DECODE_WAVES_PER_SIMD = 8
@@ -32,6 +33,8 @@ class Report(Protocol):
     @property
     def spills(self) -> int: ...  # noqa: D102
     @property
+    def scratch_bytes(self) -> int: ...  # noqa: D102
+    @property
     def waves_per_simd(self) -> float: ...  # noqa: D102
     @property
     def valu_per_weight(self) -> float: ...  # noqa: D102
@@ -44,17 +47,19 @@ class Report(Protocol):
 
 
 def outcome_of(report: Report, candidate: Candidate) -> Outcome:
-    """Return the predicted seconds of a call, or the first gate that it misses."""
-    missed = _missed_gate(report, candidate)
-    return Outcome(seconds=report.ranking_seconds) if missed is None else Outcome(problem=missed)
+    """Return the predicted seconds of a call and the first gate that it misses; spilled registers rule it out."""
+    if report.spills or report.scratch_bytes:
+        return Outcome(problem="spills registers")
+    return Outcome(seconds=report.ranking_seconds, missed=_missed_gate(report, candidate))
 
 
 def _missed_gate(report: Report, candidate: Candidate) -> str | None:
-    if report.spills:
-        return "spills registers"
     if candidate.target.kernel == VLLM_FUSED_MOE:
         return None  # the other gates are for kernels of our own
-    if report.load_bits["tiles_ptr"] < _LEAST_WEIGHT_LOAD_BITS:
+    load_bits = report.load_bits.get("tiles_ptr")
+    if load_bits is None:  # tensors of 2 GiB and more are addressed in ways that cannot be followed to their argument
+        return "the width of weight loads could not be told"
+    if load_bits < _LEAST_WEIGHT_LOAD_BITS:
         return f"weights are loaded by fewer than {_LEAST_WEIGHT_LOAD_BITS} bits"
     if candidate.config["phase"] == "prefill":
         return None if report.wmma else "no WMMA"

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from step128_kernels.codebook import GROUP_SIZE
 from step128_kernels.errors import KernelToolError
 from step128_kernels.gpu import Gpu
 from step128_kernels.tune.search import Shape, Target
 from step128_kernels.tuned.load import CONFIGS_DIR_VARIABLE, TUNED_DIR_VARIABLE, shipped_folder
 from step128_kernels.tuned.names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, spellings
+
+# Dimensions that some weight is summed over: whole groups of weights share a scale along them.
+_GROUPED = {"nl4_gemm": ("K",), "nl4_moe": ("K", "N")}
 
 
 class UsageError(KernelToolError):
@@ -85,7 +89,29 @@ def _shapes(options: argparse.Namespace, kernel: str, shipped: Sequence[Shape]) 
         if sorted(shape) != sorted(dimensions):
             example = ",".join(f"{name}={size}" for name, size in shipped[0].items())
             raise UsageError(f"--shape: a shape of {kernel} has {', '.join(dimensions)}, as in {example}.")
+        check_shape(kernel, shape)
     return [{name: shape[name] for name in dimensions} for shape in options.shape or shipped]
+
+
+def check_shape(kernel: str, shape: Shape) -> None:
+    """Refuse a shape that no layer can have.
+
+    Args:
+        kernel: one of ours; the shapes of others are not looked at.
+        shape: all dimensions that the kernel is tuned by, each above 0.
+
+    Raises:
+        UsageError: if it is cut off within a group of weights, or chooses more experts than there are.
+
+    """
+    for name in _GROUPED.get(kernel, ()):
+        if shape[name] % GROUP_SIZE:
+            raise UsageError(
+                f"--shape: {name}={shape[name]} of {kernel} is no multiple of {GROUP_SIZE}, and a group of "
+                f"{GROUP_SIZE} weights along {name} has one scale. Give the shape of a layer on one rank."
+            )
+    if kernel in _GROUPED and shape.get("top_k", 0) > shape.get("E", 0):
+        raise UsageError(f"--shape: top_k={shape['top_k']} experts cannot be chosen from E={shape['E']}.")
 
 
 def _measured_device(options: argparse.Namespace, gpu: Gpu) -> str:

@@ -1,4 +1,7 @@
-"""The search: every candidate of every number of rows is judged once, and the fastest that may serve is chosen."""
+"""The search: every candidate of every number of rows is judged once, and the fastest is chosen.
+
+Those that meet all gates of our kernels come first; where none does, the fastest of the others serves.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,6 +79,14 @@ class Candidate:
         return candidate_key(self.rows, self.config)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen for one number of rows, and the gate that it misses, as then all candidates miss one."""
+
+    config: Config
+    missed: str | None
+
+
 Judge = Callable[[Sequence[Candidate]], Iterator[tuple[Candidate, Outcome]]]
 """Gives each candidate's outcome as it comes, in any order; nothing is judged before it is asked for."""
 
@@ -97,8 +108,8 @@ def candidates_of(space: Space, target: Target) -> list[Candidate]:
 
 def search(
     candidates: Sequence[Candidate], judge: Judge, journal: Journal, advance: Callable[[], None]
-) -> dict[int, Config]:
-    """Judge what the journal does not hold yet, and return the chosen configuration by number of rows, ascending.
+) -> dict[int, Choice]:
+    """Judge what the journal does not hold yet, and return what is chosen by number of rows, ascending.
 
     Args:
         candidates: all of one target.
@@ -125,11 +136,15 @@ def search(
     return chosen
 
 
-def _fastest(rows: int, outcomes: Sequence[tuple[Candidate, Outcome]]) -> Config:
+def _fastest(rows: int, outcomes: Sequence[tuple[Candidate, Outcome]]) -> Choice:
     """Of equally fast ones the one offered first, in whatever order outcomes came."""
-    serving = [(outcome.seconds, candidate) for candidate, outcome in outcomes if outcome.seconds is not None]
+    serving = [
+        (outcome.missed is not None, outcome.seconds, Choice(candidate.config, outcome.missed))
+        for candidate, outcome in outcomes
+        if outcome.seconds is not None
+    ]
     if not serving:
         problems = Counter(str(outcome.problem) for _, outcome in outcomes).most_common(3)
         listed = "; ".join(f"{problem} ({count} of {len(outcomes)})" for problem, count in problems)
         raise NothingServesError(f"{outcomes[0][0].target}: no candidate may serve at {rows} rows: {listed}.")
-    return min(serving, key=lambda found: found[0])[1].config
+    return min(serving, key=lambda found: found[:2])[2]

@@ -8,9 +8,9 @@ import logging
 import math
 import os
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from step128_kernels.tuned.names import (
@@ -21,7 +21,7 @@ from step128_kernels.tuned.names import (
     spellings,
     tune_command,
 )
-from step128_kernels.tuned.schema import Config, TunedFile, TuningFileError, read_file
+from step128_kernels.tuned.schema import Config, PhaseKeys, TunedFile, TuningFileError, read_file
 
 CONFIGS_DIR_VARIABLE = "STEP128_CONFIGS_DIR"
 TUNED_DIR_VARIABLE = "STEP128_TUNED_DIR"
@@ -57,7 +57,13 @@ class TunedTable:
 
 
 def load_config(
-    kernel: str, shape: Mapping[str, int], device_name: str, arch: str, *, default: Mapping[int, Config]
+    kernel: str,
+    shape: Mapping[str, int],
+    device_name: str,
+    arch: str,
+    *,
+    default: Mapping[int, Config],
+    keys: PhaseKeys | None = None,
 ) -> TunedTable:
     """Return the configurations to use for a kernel, shape and GPU; files are looked up once per process.
 
@@ -70,6 +76,7 @@ def load_config(
         device_name: in any spelling, e.g. `AMD Radeon AI PRO R9700`.
         arch: e.g. `gfx1201`.
         default: configurations by number of rows; at least one.
+        keys: of each phase the keys that a configuration must have beside "phase", and no others; None checks none.
 
     Raises:
         TuningFileError: if a file of that kernel is broken, or $STEP128_TUNED_DIR or $STEP128_CONFIGS_DIR names no
@@ -79,7 +86,8 @@ def load_config(
     """
     if arch in SUPPORTED_ARCHS:
         folders = tuned_folders(os.environ.get(TUNED_DIR_VARIABLE), os.environ.get(CONFIGS_DIR_VARIABLE))
-        table = _load(kernel, tuple(shape.items()), device_name, arch, folders)
+        known = None if keys is None else tuple(sorted(keys.items()))
+        table = _load(kernel, tuple(shape.items()), device_name, arch, folders, known)
         if table is not None:
             return table
     return TunedTable(default, _BUILT_IN)
@@ -126,29 +134,40 @@ def _existing(variable: str, value: str) -> Path:
 
 @cache
 def _load(
-    kernel: str, shape_items: tuple[tuple[str, int], ...], device_name: str, arch: str, folders: tuple[Path, ...]
+    kernel: str,
+    shape_items: tuple[tuple[str, int], ...],
+    device_name: str,
+    arch: str,
+    folders: tuple[Path, ...],
+    key_items: tuple[tuple[str, frozenset[str]], ...] | None,
 ) -> TunedTable | None:
     shape = dict(shape_items)
+    read = partial(read_file, kernel, keys=None if key_items is None else dict(key_items))
     wanted = file_name(kernel, shape, spellings(device_name)[0])
-    found = _exact(kernel, shape, device_name, arch, folders)
+    found = _exact(kernel, shape, device_name, arch, folders, read)
     if found is not None:
         return TunedTable(found.configs, found.source, found.path, exact=True)
-    found = _nearest_shape(kernel, shape, arch, folders)
+    found = _nearest_shape(kernel, shape, arch, folders, read)
     if wanted not in _warned:
         _warned.add(wanted)
         _log.warning(
-            "No tuned configuration of %s for %s on this GPU: %s was looked for in %s. Using %s instead. "
-            "The command that makes it: %s",
-            *(kernel, format_shape(shape), wanted),
+            "No tuned configuration of %s for %s on %s: %s was looked for in %s. Using %s instead. "
+            "The command that makes it, by measuring where that GPU is and by the cost model elsewhere: %s",
+            *(kernel, format_shape(shape), spellings(device_name)[0], wanted),
             " and ".join(map(str, folders)) or f"no folder ({TUNED_DIR_VARIABLE} is not set, and none is shipped)",
             "the built-in default" if found is None else f"{found.path.name} ({found.source})",
-            tune_command(kernel, shape),
+            tune_command(kernel, shape, device_name, arch),
         )
     return None if found is None else TunedTable(found.configs, found.source, found.path)
 
 
 def _exact(
-    kernel: str, shape: Mapping[str, int], device_name: str, arch: str, folders: tuple[Path, ...]
+    kernel: str,
+    shape: Mapping[str, int],
+    device_name: str,
+    arch: str,
+    folders: tuple[Path, ...],
+    read: Callable[[Path], TunedFile],
 ) -> TunedFile | None:
     """Names hold only some dimensions, so a file of this name may be of another shape; it is passed over then."""
     for folder in folders:
@@ -156,7 +175,7 @@ def _exact(
             path = folder / file_name(kernel, shape, spelling)
             if not path.exists():
                 continue
-            found = read_file(kernel, path)
+            found = read(path)
             if found.arch != arch:
                 raise TuningFileError(f"{path}: arch is {found.arch!r}, and this GPU is {arch!r}.")
             if dict(found.shape) == dict(shape):
@@ -164,10 +183,16 @@ def _exact(
     return None
 
 
-def _nearest_shape(kernel: str, shape: Mapping[str, int], arch: str, folders: tuple[Path, ...]) -> TunedFile | None:
+def _nearest_shape(
+    kernel: str,
+    shape: Mapping[str, int],
+    arch: str,
+    folders: tuple[Path, ...],
+    read: Callable[[Path], TunedFile],
+) -> TunedFile | None:
     """Nearest by the ratios of all dimensions; of equally near ones the first folder's, then the first by name."""
     files = [
-        read_file(kernel, path)
+        read(path)
         for folder in folders
         for path in sorted(folder.glob("*.json"))
         if parse_file_name(kernel, path.name) is not None

@@ -1,6 +1,7 @@
 """Names of the files of `configs/tuned`, in vLLM's grammar, and the ways in which one GPU's name is spelled."""
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,9 +79,14 @@ def format_shape(shape: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in shape.items())
 
 
-def tune_command(kernel: str, shape: Mapping[str, int]) -> str:
-    """Return the command that makes the file of this kernel and shape for the GPU it runs on."""
-    return f"step128-kernels tune --kernel {kernel} --shape {format_shape(shape)}"
+def tune_command(kernel: str, shape: Mapping[str, int], device_name: str, arch: str) -> str:
+    """Return the command that makes the file of this kernel, shape and GPU, wherever it is run.
+
+    It measures on a GPU of that arch, and models without one. The GPU is named only if `tune` would not choose it.
+    """
+    command = f"step128-kernels tune --kernel {kernel} --shape {format_shape(shape)} --arch {arch}"
+    device = spellings(device_name)[0]
+    return command if device == DEVICE_OF_ARCH[arch] else f"{command} --device-name {shlex.quote(device)}"
 
 
 def _grammar(kernel: str) -> _Grammar:

@@ -17,6 +17,9 @@ MODELLED = "modelled, not measured"
 # A kernel's configuration: "phase" (decode or prefill), every other key a whole number that only the kernel knows.
 Config = Mapping[str, Any]
 
+PhaseKeys = Mapping[str, frozenset[str]]
+"""Of each phase that a kernel has, the keys that its configurations need beside "phase"; no others are allowed."""
+
 _KEYS = (
     *("schema", "kernel", "shape", "device", "arch", "source", "method", "date", "versions", "driver"),
     "configs",
@@ -40,8 +43,13 @@ class TunedFile:
     configs: Mapping[int, Config]
 
 
-def read_file(kernel: str, path: Path) -> TunedFile:
+def read_file(kernel: str, path: Path, keys: PhaseKeys | None = None) -> TunedFile:
     """Read and check a file of tuned configurations, whose name must be one of `kernel`.
+
+    Args:
+        kernel: e.g. `nl4_gemm`.
+        path: of the file.
+        keys: what the kernel reads; None leaves the keys of configurations unchecked.
 
     Raises:
         TuningFileError: if it cannot be read, is not JSON, of another schema, or any key is missing, unknown or wrong.
@@ -61,7 +69,11 @@ def read_file(kernel: str, path: Path) -> TunedFile:
         )
     _check_keys(path, document)
     _check_identity(path, document, kernel)
-    return TunedFile(path, document["shape"], document["arch"], document["source"], _configs(path, document["configs"]))
+    configs = _configs(path, document["configs"])
+    if keys is not None:
+        for rows, config in configs.items():
+            _check_config_keys(f"{path}: configs.{rows}", kernel, config, keys)
+    return TunedFile(path, document["shape"], document["arch"], document["source"], configs)
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,6 +141,20 @@ def _check_config(path: Path, rows: str, config: Any) -> None:
     for key, value in config.items():
         if key != "phase" and not _is_whole(value):
             raise TuningFileError(f"{path}: configs.{rows}.{key} must be a whole number, it is {value!r}.")
+
+
+def _check_config_keys(place: str, kernel: str, config: Config, keys: PhaseKeys) -> None:
+    """Without this a misspelled key would end in a KeyError of the kernel, which names no file."""
+    phase = config["phase"]
+    if phase not in keys:
+        raise TuningFileError(f"{place}.phase is {phase!r}, and {kernel} has only {', '.join(keys)}.")
+    wanted = {"phase"} | keys[phase]
+    for key in sorted(config.keys() - wanted):
+        raise TuningFileError(
+            f"{place}.{key} is not a key of {kernel}'s {phase} configurations; those are {', '.join(sorted(wanted))}."
+        )
+    for key in sorted(wanted - config.keys()):
+        raise TuningFileError(f"{place}.{key} is missing; a {phase} configuration of {kernel} needs it.")
 
 
 def _is_whole(value: Any) -> bool:

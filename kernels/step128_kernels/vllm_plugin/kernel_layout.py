@@ -49,15 +49,15 @@ def in_kernel_layout(layer: torch.nn.Module, prefix: str) -> bool:
 
 
 def weight_path(layer: torch.nn.Module, prefix: str) -> str | None:
-    """What computes with a loaded weight, by where it lies: ``triton`` on a GPU, ``torch`` (the reference) on a CPU.
+    """What computes with a loaded weight: ``triton`` if it is in the kernels' order and on a GPU, else ``torch``.
 
-    None for a layer that holds no such weight.
+    ``torch`` is the reference, on a GPU as well: from the checkpoint's order nothing else computes. None for a layer
+    that holds no such weight.
     """
-    own = _own_parameters(layer)
-    weight = own.get(f"{prefix}_tiles", own.get(f"{prefix}_packed"))
-    if weight is None:
+    if weight_order(layer, prefix) is None:
         return None
-    return "triton" if weight.is_cuda else "torch"
+    tiles = _own_parameters(layer).get(f"{prefix}_tiles")
+    return "triton" if tiles is not None and tiles.is_cuda else "torch"
 
 
 def weight_order(layer: torch.nn.Module, prefix: str) -> str | None:

@@ -43,12 +43,13 @@ def weights_in_use(model: torch.nn.Module) -> dict[str, str | None]:
 
     Both are None for a model without an NL4 weight.
     """
-    prefixes = {NL4LinearMethod: "weight", NL4MoEMethod: "w13_weight"}
+    prefixes = {NL4LinearMethod: ("weight",), NL4MoEMethod: ("w13_weight", "w2_weight")}
     weights = [
         (module, prefix)
         for module in model.modules()
-        for method, prefix in prefixes.items()
+        for method, names in prefixes.items()
         if isinstance(getattr(module, "quant_method", None), method)
+        for prefix in names
     ]
     found = {
         "weight_path": {weight_path(*weight) for weight in weights},

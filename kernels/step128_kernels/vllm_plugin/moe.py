@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from step128_kernels.codebook import GROUP_SIZE
 from step128_kernels.nl4_moe.reference import route
-from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout
+from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout, weight_path
 from step128_kernels.vllm_plugin.ops import nl4_moe_op, nl4_moe_tiled_op
 
 # vLLM 0.32 knows one clamp for routed experts and asserts it when it builds the layer.
@@ -62,7 +62,8 @@ class NL4MoEMethod(FusedMoEMethodBase):
                 f"step128: an expert has {intermediate_size_per_partition} intermediate channels per rank; NL4 needs "
                 f"a multiple of {GROUP_SIZE}. Use a smaller tensor parallel size."
             )
-        layer.nl4_intermediate = intermediate_size_per_partition
+        layer.nl4_intermediate, layer.nl4_hidden = intermediate_size_per_partition, hidden_size
+        layer.nl4_dtype = params_dtype
         matrices = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
@@ -81,9 +82,17 @@ class NL4MoEMethod(FusedMoEMethodBase):
         layer.register_parameter(name, parameter)
         set_weight_attrs(parameter, attributes)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Reorder the experts for the kernels, on a GPU."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Reorder the experts for the kernels and compile these, on a GPU."""
         use_kernel_layout(layer, "w13_weight", "w2_weight")
+        if weight_path(layer, "w13_weight") == "triton":
+            from step128_kernels.compile_ahead import compile_experts  # needs triton, which a CPU does not have
+            from step128_kernels.nl4_moe.launches import MoeShape
+
+            experts, device = layer.w13_weight_tiles.shape[0], layer.w13_weight_tiles.device
+            sizes = layer.top_k, experts, layer.nl4_hidden, layer.nl4_intermediate
+            shape = MoeShape(1, *sizes, has_map=layer.expert_map is not None)
+            compile_experts(shape, swiglu_limit(layer), layer.nl4_dtype, device)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
         """No description for vLLM's own kernels: ours is called directly."""

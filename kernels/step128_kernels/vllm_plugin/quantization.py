@@ -15,14 +15,14 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
 from step128_kernels.codebook import CODEBOOK, FORMAT_VERSION, GROUP_SIZE
 from step128_kernels.torch_codebook import dequantize
 from step128_kernels.vllm_plugin import QUANT_METHOD
 from step128_kernels.vllm_plugin.components import component_of_module
-from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout
+from step128_kernels.vllm_plugin.kernel_layout import in_kernel_layout, use_kernel_layout, weight_path
 from step128_kernels.vllm_plugin.kv_scales import NL4KVCacheMethod
 from step128_kernels.vllm_plugin.moe import NL4MoEMethod
 from step128_kernels.vllm_plugin.ops import nl4_embedding_tiled_op, nl4_linear_op, nl4_linear_tiled_op
@@ -56,16 +56,21 @@ class NL4LinearMethod(LinearMethodBase):
                 f"NL4 needs a multiple of {GROUP_SIZE}. Use a smaller tensor parallel size."
             )
         rows = sum(output_partition_sizes)
-        layer.nl4_rows, layer.nl4_columns = rows, input_size_per_partition
+        layer.nl4_rows, layer.nl4_columns, layer.nl4_dtype = rows, input_size_per_partition, params_dtype
         dimensions = {"input_dim": 1, "output_dim": 0, "weight_loader": extra_weight_attrs.get("weight_loader")}
         packed = torch.empty(rows, input_size_per_partition // 2, dtype=torch.uint8)
         scale = torch.empty(rows, input_size_per_partition // GROUP_SIZE, dtype=torch.float16)
         layer.register_parameter("weight_packed", ModelWeightParameter(data=packed, **dimensions))
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scale, **dimensions))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Reorder the weight for the kernels, on a GPU."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Reorder the weight for the kernels and compile these, on a GPU."""
         use_kernel_layout(layer, "weight")
+        only_looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+        if weight_path(layer, "weight") == "triton" and not only_looked_up:
+            from step128_kernels.compile_ahead import compile_linear  # needs triton, which a CPU does not have
+
+            compile_linear(layer.nl4_rows, layer.nl4_columns, layer.nl4_dtype, layer.weight_tiles.device)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ W.T + bias``: ``[..., K]`` to ``[..., N]``."""

@@ -13,7 +13,9 @@ TARGET, DRAFT = "target", "draft"
 class LoadReport:
     """One model (the target, or the MTP draft) on one rank, as the plugin found it after loading.
 
-    `quantized_modules` counts vLLM's modules by component; `kv_scales` is layer -> (k, v) in effect.
+    `weight_path` says what computes with the quantized weights (triton or torch) and `weight_order` how they lie
+    (kernel or checkpoint): values joined by "+" where modules differ, None without such a weight. `quantized_modules`
+    counts vLLM's modules by component; `kv_scales` is layer -> (k, v) in effect.
     """
 
     role: str
@@ -22,6 +24,7 @@ class LoadReport:
     quant_method: str | None
     policy: str | None
     weight_path: str | None
+    weight_order: str | None
     quantized_modules: dict[str, int]
     kv_cache_dtype: str
     kv_scales: dict[int, tuple[float, float]]
@@ -50,6 +53,7 @@ def _parse(document: dict[str, Any]) -> LoadReport:
         quant_method=document["quant_method"],
         policy=document["policy"],
         weight_path=document["weight_path"],
+        weight_order=document.get("weight_order"),  # only demanded where there is a GPU
         quantized_modules={str(name): int(count) for name, count in document["quantized_modules"].items()},
         kv_cache_dtype=str(document["kv_cache_dtype"]),
         kv_scales={int(layer): (float(pair["k"]), float(pair["v"])) for layer, pair in document["kv_scales"].items()},

@@ -60,7 +60,7 @@ def verify(plan: Plan, footprint: ModelFootprint, served_model_name: str, seen: 
         _mtp(plan, drafts, seen),
         _plugin_version(seen.reports),
         _quantization(footprint, seen.reports),
-        _weight_path(plan, footprint, targets),
+        _weight_path(plan, footprint, seen.reports),
         _components(footprint, targets, drafts, plan.num_speculative_tokens > 0),
     ]
     if plan.kv_cache_dtype == "fp8" and footprint.kv_scales:
@@ -130,10 +130,35 @@ def _quantization(footprint: ModelFootprint, reports: list[LoadReport]) -> Check
     return _compare("quantization", _one(report.quant_method for report in reports), expected)
 
 
-def _weight_path(plan: Plan, footprint: ModelFootprint, targets: list[LoadReport]) -> Check:
-    """On a GPU our Triton kernels must compute: the torch reference would unpack whole weights, counted nowhere."""
-    expected = ("torch" if plan.device == "cpu" else "triton") if footprint.quantization else None
-    return _compare("weight_path", _one(report.weight_path for report in targets), expected)
+def _weight_path(plan: Plan, footprint: ModelFootprint, reports: list[LoadReport]) -> Check:
+    """On a GPU our kernels must compute with every quantized weight, which they can only in their own order."""
+    on_cpu = plan.device == "cpu"
+    if not reports:
+        return Check("weight_path", Outcome.FAIL, "no load report")
+    paths: set[str] = set()
+    for report in reports:
+        draft = report.role == DRAFT
+        quantized = bool(footprint.quantization) and any(
+            part.quantized and part.draft == draft for part in footprint.components
+        )
+        wanted = (("torch" if on_cpu else "triton"), "kernel") if quantized else (None, None)
+        found = (report.weight_path, report.weight_order)
+        if found[0] != wanted[0] or (found != wanted and not on_cpu):
+            where = f"{report.role} rank {report.rank}"
+            detail = f"{where}: path {found[0]}, order {found[1]}; expected path {wanted[0]}"
+            detail += "" if on_cpu else f", order {wanted[1]}. {_meaning(quantized)}"
+            return Check("weight_path", Outcome.FAIL, detail)
+        paths.add(str(wanted[0]))
+    return Check("weight_path", Outcome.PASS, ", ".join(sorted(paths)))
+
+
+def _meaning(quantized: bool) -> str:
+    if not quantized:
+        return "A model without quantized weights in the checkpoint was loaded with some"
+    return (
+        "Quantized weights were not all reordered for our kernels: the slow torch reference computes on the GPU and "
+        "unpacks whole weights into memory that the plan does not count. The server's log says how loading went"
+    )
 
 
 def _components(

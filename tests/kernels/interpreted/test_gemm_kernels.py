@@ -13,8 +13,9 @@ from step128_kernels.run_launch import run
 
 DECODE = [decode_config(1, 1, 1, 32), decode_config(4, 2, 4, 32), decode_config(8, 1, 2, 16)]
 PREFILL = [prefill_config(16, 32, 32, 2, 1), prefill_config(32, 64, 64, 4, 1)]
-# rows of x, rows of W, columns: none a multiple of a block, K of 16 (half a tile) among them
-SHAPES = [(1, 48, 64), (3, 40, 48), (17, 72, 112), (2, 16, 16)]
+# rows of x, rows of W, columns: none that blocks fill, K of 16 (half a tile) among them; the last fills them all, as
+# the shipped shapes do
+SHAPES = [(1, 48, 64), (3, 40, 48), (17, 72, 112), (2, 16, 16), (4, 64, 128)]
 
 
 def compute(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, config: dict, amd: bool) -> torch.Tensor:
@@ -115,3 +116,17 @@ def test_infinite_activation_beyond_k_does_not_leak(quantized) -> None:
     for config in (DECODE[1], PREFILL[0]):
         y = compute(x, packed, scale, config, amd=False)
         assert y[0].isfinite().all()
+
+
+def test_float32_is_refused_by_the_assembly(quantized) -> None:
+    with pytest.raises(ValueError, match="16-bit activations"):
+        gemm_launch(1, 16, 32, DECODE[0], "fp32", amd=True)
+
+
+def test_nan_of_any_kind_stays_nan(quantized) -> None:
+    """NVIDIA's own NaN is 0x7fffffff, which rounds to -0 when it is rounded as a number."""
+    packed, scale = quantized(16, 32)
+    for bits in (0x7FFFFFFF, -1, 0x7FC00000):
+        x = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(1, 32).contiguous()
+        assert compute(x.bfloat16(), packed, scale, DECODE[0], amd=False).isnan().all()
+        assert compute(x, packed, scale, DECODE[0], amd=False).isnan().all()

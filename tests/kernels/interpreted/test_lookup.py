@@ -144,6 +144,19 @@ def test_wrong_assembly_does_not_pass(amd_assembly, monkeypatch: pytest.MonkeyPa
     assert not np.array_equal((out.numpy().view(np.uint8) - 128.0) / 128, codes_by_hand(words))
 
 
+@pytest.mark.parametrize(
+    "wrong", ["v_dot2_f32_f16 $0, $1, $2, $3", "v_dot2_f32_bf16 $0, $1, $1, $3", "v_dot2_f32_bf16 $0, $1, $2, $2"]
+)
+def test_wrong_dot_products_do_not_pass(amd_assembly, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """The other type's instruction, or an operand taken twice."""
+    monkeypatch.setattr(nl4_lookup, "DOT2_BFLOAT16", tl.constexpr(wrong))
+    w = torch.tensor([1.0, 0.5], dtype=torch.bfloat16).view(torch.int32)
+    x = torch.tensor([3.0, -2.0], dtype=torch.bfloat16).view(torch.int32)
+    out = torch.full((1,), float("nan"))
+    dot2_kernel[(1,)](w, x, torch.tensor([10.0]), out, COUNT=1, FP16=False)
+    assert out.item() != 12.0
+
+
 def test_permute_takes_the_low_word_first(amd_assembly) -> None:
     high, low = (torch.tensor([word], dtype=torch.int32) for word in (0x77665544, 0x33221100))
     selector = torch.tensor([0x00050207], dtype=torch.int32)

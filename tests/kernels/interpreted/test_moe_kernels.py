@@ -69,6 +69,65 @@ def test_experts(quantized, poisoned, tokens: int, dtype: torch.dtype, name: str
     assert (y.double() - wanted).abs().max() <= 4 * eps * wanted.abs().max() + 1e-5
 
 
+def nl4_experts(quantized, experts: int, intermediate: int, hidden: int) -> tuple[tuple, tuple]:
+    """Gate-and-up and down as a checkpoint stores them."""
+    return quantized(experts, 2 * intermediate, hidden), quantized(experts, hidden, intermediate, seed=1)
+
+
+@pytest.mark.parametrize("expert_map", [None, EXPERT_MAP], ids=["all experts", "expert map"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tokens", [1, 5, 90], ids=["1", "5", "90, sorted"])
+def test_rows_of_padding_are_nobodys(quantized, poisoned, tokens: int, name: str, expert_map) -> None:
+    """vLLM pads a batch to a captured size with rows whose experts are all -1; while capturing, all rows are such."""
+    gate_up, down = nl4_experts(quantized, EXPERTS, 16, 32)
+    weights, ids = routing(tokens, EXPERTS if expert_map is None else len(EXPERT_MAP))
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
+    x[-1] = float("nan")  # what padding holds does not matter
+    for padded in (slice(tokens - 1, None), slice(0, None)):
+        ids[padded] = -1
+        y = triton_moe.nl4_moe_triton(
+            x, *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, 16, None, expert_map, CONFIGS[name]
+        )
+        assert (y[padded] == 0).all()
+        if tokens > 1:
+            wanted = nl4_moe_reference(x[:-1].double(), *gate_up, *down, weights[:-1], ids[:-1], None, expert_map)
+            torch.testing.assert_close(y[:-1], wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_that_blocks_fill_exactly(quantized, poisoned, name: str) -> None:
+    """As all shipped shapes do, and so without masks; with three experts a token, int64 ids and a rank's share."""
+    gate_up, down = nl4_experts(quantized, EXPERTS, 64, 128)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(len(EXPERT_MAP), generator=generator)[:3] for _ in range(4)])
+    weights = torch.rand(4, 3, generator=generator)
+    x = torch.randn(4, 128, generator=generator).half()
+    y = triton_moe.nl4_moe_triton(
+        x, *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, 64, 1.5, EXPERT_MAP, CONFIGS[name]
+    )
+    wanted = nl4_moe_reference(x.double(), *gate_up, *down, weights, ids, 1.5, EXPERT_MAP)
+    assert (y.double() - wanted).abs().max() <= 4 * torch.finfo(x.dtype).eps * wanted.abs().max()
+
+
+def test_the_clamp_keeps_nan(quantized) -> None:
+    gate_up, down = nl4_experts(quantized, EXPERTS, 16, 32)
+    weights, ids = routing(1, EXPERTS)
+    x = torch.full((1, 32), float("nan"))
+    y = triton_moe.nl4_moe_triton(
+        x, *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, 16, 7.0, None, CONFIGS["decode 1"]
+    )
+    assert y.isnan().all()
+
+
+def test_wrong_columns_are_refused(quantized) -> None:
+    gate_up, down = nl4_experts(quantized, EXPERTS, 16, 64)
+    weights, ids = routing(1, EXPERTS)
+    with pytest.raises(ValueError, match="2 column tiles"):
+        triton_moe.nl4_moe_triton(
+            torch.zeros(1, 128), *to_kernel_layout(*gate_up), *to_kernel_layout(*down), weights, ids, 16, None
+        )
+
+
 def test_experts_with_amd_assembly(quantized, poisoned, amd_assembly, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call with the assembly executed gives the portable path's result, up to the order of additions."""
     gate_up, down = quantized(EXPERTS, 2 * INTERMEDIATE, HIDDEN), quantized(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
@@ -121,11 +180,10 @@ def test_align_kernel_makes_the_blocks_that_sorting_makes(poisoned, tokens: int,
     assert int((made.experts >= 0).sum()) == int((sorted_.experts >= 0).sum()) == used
 
 
-def test_most_blocks_is_enough_and_reached() -> None:
-    for pairs, block_m, experts in ((16, 4, 3), (7, 4, 7), (1000, 16, 240), (5, 1, 2)):
-        # the worst routing: every expert but the last one has just begun a block
+def test_most_blocks_is_enough_and_not_far_from_it() -> None:
+    """The worst routing: every expert but one has just begun a block. One block more than that is the most to spare."""
+    for pairs, block_m, experts in ((16, 4, 3), (7, 4, 7), (1000, 16, 240), (5, 1, 2), (4096, 64, 240)):
         busy = min(pairs, experts)
-        counts = [1] * busy
-        counts[0] += pairs - busy
-        worst = sum(-(-count // block_m) for count in counts)
-        assert worst <= most_blocks(pairs, block_m, experts)
+        worst = busy - 1 + -(-(pairs - busy + 1) // block_m)
+        assert worst <= most_blocks(pairs, block_m, experts) <= max(worst, pairs // block_m + busy)
+        assert block_m > 1 or most_blocks(pairs, block_m, experts) == pairs
