@@ -39,6 +39,17 @@ def _nothing_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged, wherever it would go: once vLLM is imported, its logger keeps its children's messages."""
+    logger = compile_ahead._log
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 class Keys:
     """Triton's ``JITFunction.run`` for gfx1201, up to the key under which it looks a compiled kernel up."""
 
@@ -112,16 +123,16 @@ def test_experts_find_what_was_compiled(
     assert keys.asked == keys.ahead.keys()
 
 
-def test_a_shape_is_gone_through_once(keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+@pytest.mark.usefixtures("keys")
+def test_a_shape_is_gone_through_once(log: pytest.LogCaptureFixture) -> None:
     found = compile_ahead.compile_linear(128, 512, torch.bfloat16, CPU)
-    (line,) = caplog.messages
+    (line,) = log.messages
     assert line.startswith(
         f"step128: {found} kernel variants for nl4_gemm N=128 K=512 torch.bfloat16 compiled ahead in"
     )
     compile_ahead.compile_linear(128, 512, torch.bfloat16, CPU)
     assert compile_ahead.compile_linear(256, 1024, torch.bfloat16, CPU) == 0  # other sizes, the same code
-    assert caplog.messages == [line]
+    assert log.messages == [line]
     assert compile_ahead.compile_linear(37, 512, torch.bfloat16, CPU) > 0
 
 
@@ -138,11 +149,11 @@ class FakeFunction:
         return self
 
 
-def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
     function, plain = FakeFunction(), compile_ahead.gemm_launch
     monkeypatch.setattr(compile_ahead, "gemm_launch", lambda *a: replace(plain(*a), function=function))
     assert compile_ahead.compile_linear(128, 512, torch.bfloat16, CPU) == 1
-    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    (warning,) = [record for record in log.records if record.levelno == logging.WARNING]
     assert "nl4_gemm_prefill of nl4_gemm N=128 K=512" in warning.getMessage()
     assert "RuntimeError: no registers left" in warning.getMessage()
     assert {asked["BLOCK_M"] for asked in function.asked} == {1, 2, 4, 8, 16, 32, 64}
@@ -156,7 +167,7 @@ def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     assert (y.dtype, y.nbytes) == (torch.bfloat16, 256)
 
 
-def test_a_broken_table_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_table_is_a_warning(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
     def broken(*_: object) -> Any:
         raise ValueError("x.json: not JSON")
 
@@ -164,7 +175,7 @@ def test_a_broken_table_is_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: py
     monkeypatch.setattr(compile_ahead, "moe_config", broken)
     assert compile_ahead.compile_linear(128, 512, torch.bfloat16, CPU) == 0
     assert compile_ahead.compile_experts(SHAPE, 7.0, torch.bfloat16, CPU) == 0
-    linear, experts = caplog.messages
+    linear, experts = log.messages
     assert "nl4_gemm N=128 K=512" in linear and "x.json: not JSON" in linear
     assert "nl4_moe E=6 N=48 K=96 top_k=3 limit=7.0" in experts and "x.json: not JSON" in experts
 
