@@ -26,9 +26,8 @@ EXIT_CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser().parse_args(arguments)
     try:
-        parsed = _parser().parse_args(arguments)
         return int(parsed.run(parsed))
     except KernelToolError as error:
         code, message = error.exit_code, str(error)
@@ -39,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         code, message = 1, f"internal error: {error!r}; please report it with the lines above"
-    if "--json" in arguments:
-        print(json.dumps({"error": message, "exit_code": code}))
-    print(f"step128-kernels: {message}", file=sys.stderr)
+    print(f"step128-kernels: {message}", file=sys.stderr, flush=True)
+    if parsed.json or getattr(parsed, "ends_with_json", False):
+        print(json.dumps({"error": message, "exit_code": code}), flush=True)
     return code
 
 

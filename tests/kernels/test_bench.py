@@ -151,6 +151,36 @@ def test_without_a_gpu_nothing_is_claimed(
     assert "torch sees none here. Nothing was measured." in printed.err
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["--kernel", "nl5"], 66), (["--shape", "N=16,K=24"], 2)])
+def test_mistakes_are_told_before_a_gpu_is_looked_for(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("step128_kernels.gpu.this_gpu", lambda: pytest.fail("looked for a GPU"))
+    assert main(["bench", *arguments]) == code
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exit_code"] == code
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("failure", "code", "words"),
+    [
+        (ZeroDivisionError("boom"), 1, "internal error: ZeroDivisionError('boom')"),
+        (PermissionError(13, "denied", "/closed"), 5, "permission denied: /closed"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_whatever_goes_wrong_the_last_line_is_one_document(
+    arguments: list[str], failure: BaseException, code: int, words: str, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(FakeMachine):
+        def check(self, task: Task) -> Result:
+            raise failure
+
+    found, document, said = bench(Failing(), *arguments)
+    assert (found, document["exit_code"]) == (code, code)
+    assert words in document["error"] and words in said
+
+
 def test_tasks_of_a_shape_are_side_by_side() -> None:
     tasks = select_tasks(SHAPES, None, None, (1, 8))
     assert len(tasks) == 2 * sum(map(len, SHAPES.values()))
@@ -160,7 +190,7 @@ def test_tasks_of_a_shape_are_side_by_side() -> None:
 
 
 def test_unknown_kernels_and_shapes_are_refused() -> None:
-    with pytest.raises(NoSuchKernelError, match="there are nl4_gemm, nl4_moe"):
+    with pytest.raises(NoSuchKernelError, match=r"gemm: no such kernel; there are nl4_gemm, nl4_moe"):
         select_tasks(SHAPES, ["gemm"], None, (1,))
     with pytest.raises(UsageError, match="nl4_gemm: N=…,K=…; nl4_moe: E=…"):
         select_tasks(SHAPES, None, [{"N": 48}], (1,))

@@ -17,6 +17,7 @@ from triton.compiler import make_backend
 from step128_kernels.cli import main
 from step128_kernels.errors import CompilationError, ToolEnvironmentError
 from step128_kernels.launch import KernelCase
+from step128_kernels.offline.command import _weight_loads, select_cases
 from step128_kernels.offline.compile import compile_key, compile_launch, specialize
 from step128_kernels.offline.inspect import Report
 from step128_kernels.offline.parallel import inspect_cases
@@ -83,7 +84,7 @@ BAD = case(launch(by_memory), kernel="broken")
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make ``all_cases`` return these."""
+    """Make ``all_cases`` return these; it must not be asked for other kernels than the one wanted."""
 
     def ship(*cases: KernelCase) -> None:
         def all_cases(arch: str | None, kernel: str | None) -> Iterable[KernelCase]:
@@ -91,6 +92,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         module = types.ModuleType("step128_kernels.cases")
         module.all_cases = all_cases  # type: ignore[attr-defined]
+        module.SHAPES = {one.kernel: () for one in cases}  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "step128_kernels.cases", module)
 
     return ship
@@ -160,7 +162,58 @@ def test_unknown_kernel(shipped: Callable[..., None], capsys: pytest.CaptureFixt
     assert main(["inspect", "--kernel", "nope", "--json"]) == 66
     printed = capsys.readouterr()
     assert json.loads(printed.out)["exit_code"] == 66
-    assert "there are ['toy (decode)']" in printed.err
+    assert "--kernel nope: no such kernel; there are toy." in printed.err
+    assert main(["inspect", "--kernel", "toy", "--phase", "prefill"]) == 66
+    assert "no configuration of toy is for prefill" in capsys.readouterr().err
+
+
+def test_only_the_wanted_kernel_is_loaded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The other kernel's tuned files are neither read nor missed."""
+    asked: list[str | None] = []
+    module = types.ModuleType("step128_kernels.cases")
+    module.SHAPES = {"toy": (), "other": ()}  # type: ignore[attr-defined]
+    module.all_cases = lambda arch, kernel: asked.append(kernel) or GOOD  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "step128_kernels.cases", module)
+    assert select_cases(None, "toy", None) == GOOD
+    assert asked == ["toy"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "tune"])
+@pytest.mark.parametrize("jobs", ["x", "0", "-1", "1.5"])
+def test_jobs_must_be_a_number(command: str, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, f"--jobs={jobs}"])
+    assert ended.value.code == 2
+    assert f"--jobs: '{jobs}' is no whole number above 0" in capsys.readouterr().err
+
+
+def test_a_narrow_table_holds_what_matters(
+    shipped: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piped output obeys COLUMNS; 80 are what a terminal has."""
+    shipped(*GOOD)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    [heading, *_] = [line for line in narrow.splitlines() if "VGPR" in line]
+    assert [word.strip() for word in heading.strip("┃ ").split("┃")] == [
+        *("M", "shape", "VGPR", "waves/SIMD", "VALU/weight", "of card*")
+    ]
+    assert "--json, or 160 columns (it is 80)" in narrow.replace("\n", " ")
+    for columns in ("160", "", "wide"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["inspect"]) == 0
+        assert "weight loads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("known", "said"), [({"tiles_ptr": 64, "x_ptr": 128}, "tiles b64"), ({}, "tiles unknown")])
+def test_our_weights_are_the_tiles_however_large_the_rest_is(known: dict[str, int], said: str) -> None:
+    wide = launch(softmax)
+    tiles = dataclasses.replace(wide.pointers["x_ptr"], size_bytes=16)
+    own = dataclasses.replace(wide, pointers={**wide.pointers, "tiles_ptr": tiles})
+    report = types.SimpleNamespace(case=case(own), load_bits=known)
+    assert _weight_loads(report) == said  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("missing", ["triton", "torch"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from step128_kernels import gpu as tune_device
+from step128_kernels.errors import NoSuchKernelError
 from step128_kernels.gpu import Gpu, this_gpu
 from step128_kernels.tune import command as tune
 from step128_kernels.tune import options as tune_options
@@ -97,7 +98,6 @@ def test_another_gpu_is_refused(gpu: Gpu, kind: str) -> None:
 @pytest.mark.parametrize(
     ("gpu", "arguments", "words"),
     [
-        (None, ("--kernel", "nl5"), "nl5: no such kernel; there are nl4_gemm, nl4_moe"),
         (None, ("--shape", "N=1,K=16"), "one --kernel"),
         (None, ("--kernel", "nl4_moe", "--shape", "N=1,K=16"), "has E, N, K, top_k, as in E=240"),
         (None, ("--kernel", "nl4_gemm", "--shape", "N=1,K=24"), "K=24 of nl4_gemm is no multiple of 16"),
@@ -112,6 +112,13 @@ def test_options_that_do_not_go_together(gpu: Gpu | None, arguments: tuple[str, 
     with pytest.raises(UsageError, match=words) as failure:
         planned(gpu, *arguments)
     assert failure.value.exit_code == 2
+
+
+@pytest.mark.parametrize("gpu", [None, R9700, H200])
+def test_an_unknown_kernel_is_told_whatever_the_gpu(gpu: Gpu | None) -> None:
+    with pytest.raises(NoSuchKernelError, match="nl5: no such kernel; there are nl4_gemm, nl4_moe") as failure:
+        planned(gpu, "--kernel", "nl5")
+    assert failure.value.exit_code == 66
 
 
 @pytest.mark.parametrize("text", ["N", "N=", "N=0", "N=-1", "N=1,N=2", "=1", "N=1,", "N=1.5", "N=²"])

@@ -73,6 +73,14 @@ def test_the_first_candidate_is_vllms_default(found: dict[str, Any]) -> None:
     assert [by_rows[2**power] | {"phase": "decode"} for power in range(13)] == found["default"]
 
 
+def test_a_memory_bound_tie_keeps_vllms_default(found: dict[str, Any]) -> None:
+    """The default is offered first, and of equal figures the first is chosen; waiting would tell the tiles apart."""
+    shape_bytes = 8 * 3 * 320 * 4096 * 2  # eight experts of three bfloat16 matrices
+    assert found["ranked"] == [pytest.approx(shape_bytes / 640e9)] * 4
+    assert len(set(found["ranked"])) == 1
+    assert len(set(found["with waiting"])) > 1
+
+
 def test_pairs_are_sorted_by_expert_and_padded() -> None:
     call = Call(rows=5, top_k=2, experts=3, hidden=16, intermediate=16)
     ids = call.sorted_pairs(4)

@@ -6,13 +6,16 @@
 import json
 import os
 import sys
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from step128_kernels.offline.inspect import Report
+from step128_kernels.tuned.names import VLLM_FUSED_MOE
 from step128_kernels.vllm_plugin.fused_moe_launch import Call, down_launch, gate_up_launch
-from step128_kernels.vllm_plugin.fused_moe_tuning import default_config
+from step128_kernels.vllm_plugin.fused_moe_tuning import candidates, case, default_config, inspect_case
 
 os.environ["VLLM_TUNED_CONFIG_FOLDER"] = sys.argv[1]
 CONFIG = {
@@ -109,7 +112,15 @@ def launches_of_vllm(call: Call, recorder: Recorder, fused_moe: Any) -> None:
         )
 
 
+def memory_bound_reports() -> list[Report]:
+    """Of vLLM's default and three other tiles for one token: reading the weights takes far longer than issuing."""
+    shape = {"E": 240, "N": 320, "K": 4096, "top_k": 8}
+    configs = islice(candidates(VLLM_FUSED_MOE, "decode", shape, 1, "gfx1201"), 4)
+    return [inspect_case(case(VLLM_FUSED_MOE, shape, 1, config, "gfx1201")) for config in configs]
+
+
 def main() -> None:
+    reports = memory_bound_reports()
     said = [
         launch_as_said(make(call, CONFIG | {"SPLIT_K": 1})) for call in CALLS for make in (gate_up_launch, down_launch)
     ]
@@ -125,6 +136,8 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "ranked": [report.ranking_seconds for report in reports],
+                "with waiting": [Report(report.case, report.launches).ranking_seconds for report in reports],
                 "said": said,
                 "done": recorder.found,
                 "naive": [

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from step128_kernels.bench.measure import Machine, Outcome, Task, measure
 from step128_kernels.bench.report import Setting, document, sentences, table
-from step128_kernels.errors import KernelToolError, NoSuchKernelError
-from step128_kernels.tune.options import UsageError, parsed_shape
+from step128_kernels.command_options import check_kernels
+from step128_kernels.errors import KernelToolError
+from step128_kernels.tune.options import UsageError, check_shape, parsed_shape
 
 _SUMMARY = "time our kernels against vLLM's and a copy on this GPU, correctness first"
 _DESCRIPTION = f"""{_SUMMARY}.
@@ -50,17 +51,16 @@ def add_parser(commands: Any, epilog: str) -> None:
         "--shape", action="append", type=parsed_shape, metavar="N=…,K=…", help="only this shape; default: all we ship"
     )
     parser.add_argument("--json", action="store_true", help="no table, only the JSON document")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, ends_with_json=True)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Measure what was asked for; returns the exit code. An error too ends stdout with a JSON document."""
-    try:
-        return bench(*_prepare(parsed), quiet=parsed.json)
-    except KernelToolError as error:
-        print(f"step128-kernels: {error}", file=sys.stderr)
-        print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
-        return error.exit_code
+    """Measure what was asked for; returns the exit code.
+
+    Raises:
+        KernelToolError: nothing can be measured.
+    """
+    return bench(*_prepare(parsed), quiet=parsed.json)
 
 
 def bench(tasks: Sequence[Task], machine: Machine, setting: Setting, quiet: bool) -> int:
@@ -100,8 +100,10 @@ def _prepare(parsed: argparse.Namespace) -> tuple[list[Task], Machine, Setting]:
     from step128_kernels.offline.compile import require_triton
 
     require_triton()
+    from step128_kernels.cases import SHAPES
     from step128_kernels.gpu import this_gpu, versions
 
+    tasks = select_tasks(SHAPES, parsed.kernel, parsed.shape, parsed.m)
     gpu = this_gpu()
     if gpu is None:
         raise NoGpuError(
@@ -110,9 +112,7 @@ def _prepare(parsed: argparse.Namespace) -> tuple[list[Task], Machine, Setting]:
         )
     from step128_kernels.bench.gpu import GpuMachine, find_vllm
     from step128_kernels.bench.timing import METHOD, time_call, time_copy
-    from step128_kernels.cases import SHAPES
 
-    tasks = select_tasks(SHAPES, parsed.kernel, parsed.shape, parsed.m)
     vllm = find_vllm()
     setting = Setting(
         device=gpu.name,
@@ -142,17 +142,18 @@ def select_tasks(
 
     Raises:
         NoSuchKernelError: a kernel is not known.
-        UsageError: a shape lacks a dimension, or belongs to no single kernel.
+        UsageError: a shape lacks a dimension, belongs to no single kernel, or is that of no layer.
     """
     chosen = list(dict.fromkeys(kernels or shipped))
-    unknown = [name for name in chosen if name not in shipped]
-    if unknown:
-        raise NoSuchKernelError(f"no kernel is called {unknown[0]}; there are {', '.join(shipped)}")
+    check_kernels(chosen, shipped)
     if shapes:
         chosen = [name for name in chosen if all(shape.keys() == shipped[name][0].keys() for shape in shapes)]
     if not chosen:
         known = "; ".join(f"{name}: {','.join(f'{key}=…' for key in all_[0])}" for name, all_ in shipped.items())
         raise UsageError(f"--shape fits no kernel; their dimensions are {known}")
+    for name in chosen:
+        for shape in shapes or ():
+            check_shape(name, shape)
     return [Task(name, shape, m) for name in chosen for shape in shapes or shipped[name] for m in rows]
 
 

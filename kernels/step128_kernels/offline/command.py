@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from step128_kernels.command_options import check_kernels, positive
 from step128_kernels.errors import KernelToolError, NoSuchKernelError
 from step128_kernels.launch import KernelCase
 from step128_kernels.offline.compile import require_triton
@@ -27,6 +28,11 @@ Registers, spills, LDS and occupancy are the compiler's; instructions are counte
 trip counts. Bandwidth bounds come from a cost model (kernels/README.md, "Cost model"): modelled, not measured."""
 
 
+_OUR_WEIGHTS = "tiles_ptr"
+_WIDE_COLUMNS = 160
+"""What the whole table needs."""
+
+
 def add_parser(commands: Any, epilog: str) -> None:
     """Add ``inspect`` to the commands of ``step128-kernels``."""
     parser = commands.add_parser(
@@ -39,7 +45,7 @@ def add_parser(commands: Any, epilog: str) -> None:
     parser.add_argument("--arch", choices=sorted(DEVICES), help="default: both")
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel, such as nl4_gemm")
     parser.add_argument("--phase", choices=["decode", "prefill"], help="default: both")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.set_defaults(run=run)
 
@@ -75,21 +81,21 @@ def select_cases(arch: str | None, kernel: str | None, phase: str | None) -> lis
     """Shipped cases that fit.
 
     Raises:
-        NoSuchKernelError: none does; the message names what there is.
+        NoSuchKernelError: there is no such kernel, or nothing is shipped for that phase of it.
     """
     require_triton()
-    from step128_kernels.cases import all_cases
+    from step128_kernels.cases import SHAPES, all_cases
 
-    everything = list(all_cases(arch, None))
-    cases = [case for case in everything if kernel in (None, case.kernel) and phase in (None, case.phase)]
+    check_kernels([] if kernel is None else [kernel], SHAPES)
+    cases = [case for case in all_cases(arch, kernel) if phase in (None, case.phase)]
     if not cases:
-        known = sorted({f"{case.kernel} ({case.phase})" for case in everything})
-        raise NoSuchKernelError(f"no shipped kernel is {kernel or 'any'} ({phase or 'any phase'}); there are {known}")
+        raise NoSuchKernelError(f"no configuration of {kernel or 'any kernel'} is for {phase or 'any phase'}.")
     return cases
 
 
 def _print_tables(reports: Sequence[Report]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else max(160, _columns()))
+    console = Console(width=_columns())
+    wide = console.width >= _WIDE_COLUMNS
     groups: dict[tuple[str, ...], list[Report]] = {}
     for report in reports:
         case = report.case
@@ -97,20 +103,19 @@ def _print_tables(reports: Sequence[Report]) -> None:
         groups.setdefault((case.arch, case.kernel, case.phase, *names), []).append(report)
     for (arch, kernel, phase, shape, config), chosen in sorted(groups.items()):
         device = DEVICES[arch]
+        mix = f"instructions: {_mix(chosen)}"
         table = Table(
             title=f"{kernel} {phase} on {arch} ({device.name}, {device.memory_bytes_per_second / 1e9:.0f} GB/s)",
-            caption=f"config: {config}\ninstructions: {_mix(chosen)}",
+            caption=f"config: {config}\n{mix}" if wide else mix,
             caption_justify="left",
         )
-        table.add_column(shape)
-        table.add_column("config", overflow="fold")
-        for heading in ("VGPR", "SGPR", "spills", "LDS", "waves/SIMD", "VALU/weight", "inst/B", "WMMA"):
-            table.add_column(heading, justify="right")
-        for heading in ("weight loads", "bound GB/s*", "of card*"):
-            table.add_column(heading, justify="right")
+        for heading in _wide_headings(shape) if wide else _narrow_headings(shape):
+            table.add_column(heading, justify="left" if heading in (shape, "config") else "right", overflow="fold")
         for report in chosen:
-            table.add_row(*_row(report))
+            table.add_row(*(_wide_row(report) if wide else _narrow_row(report)))
         console.print(table)
+    if not wide:
+        console.print(f"For all figures and the configs: --json, or {_WIDE_COLUMNS} columns (it is {console.width}).")
     console.print(
         "* modelled, not measured: what instructions alone allow; expect 50-75 % of it. "
         "Above 100 % memory is the limit."
@@ -120,11 +125,39 @@ def _print_tables(reports: Sequence[Report]) -> None:
         console.print(f"{len(assumed)} branches depend on data; counted as if the longer way were taken (--json).")
 
 
-def _columns() -> int:
-    return int(os.environ.get("COLUMNS", "0") or 0)
+def _columns() -> int | None:
+    """Width of the output: what $COLUMNS says, of a pipe without it enough for all; None lets the terminal say it."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isascii() and said.isdecimal() and int(said) > 0:
+        return int(said)
+    return None if sys.stdout.isatty() else _WIDE_COLUMNS
 
 
-def _row(report: Report) -> tuple[str, ...]:
+def _narrow_headings(shape: str) -> tuple[str, ...]:
+    rows, _, rest = shape.partition("/")
+    return rows, rest or "shape", "VGPR", "waves/SIMD", "VALU/weight", "of card*"
+
+
+def _narrow_row(report: Report) -> tuple[str, ...]:
+    rows, *rest = map(str, report.case.shape.values())
+    return (
+        rows,
+        "/".join(rest),
+        str(report.vgprs),
+        f"{report.waves_per_simd:g}",
+        f"{report.valu_per_weight:.2f}",
+        f"{report.share_of_bandwidth:.0%}",
+    )
+
+
+def _wide_headings(shape: str) -> tuple[str, ...]:
+    return (
+        *(shape, "config", "VGPR", "SGPR", "spills", "LDS", "waves/SIMD", "VALU/weight", "inst/B", "WMMA"),
+        *("weight loads", "bound GB/s*", "of card*"),
+    )
+
+
+def _wide_row(report: Report) -> tuple[str, ...]:
     case = report.case
     spills = f"{report.spills}" + (f" ({report.scratch_bytes} B)" if report.scratch_bytes else "")
     return (
@@ -145,11 +178,11 @@ def _row(report: Report) -> tuple[str, ...]:
 
 
 def _weight_loads(report: Report) -> str:
-    """Narrowest load of the largest tensor, which the weights are."""
+    """Narrowest load of the weights: of ours their tiles, else the largest tensor."""
     pointers = {name: one.size_bytes for launch in report.case.launches for name, one in launch.pointers.items()}
-    largest = max(pointers, key=lambda name: pointers[name])
-    bits = report.load_bits.get(largest, report.load_bits.get("?"))
-    return "none" if bits is None else f"{largest.removesuffix('_ptr')} b{bits}"
+    weights = _OUR_WEIGHTS if _OUR_WEIGHTS in pointers else max(pointers, key=lambda name: pointers[name])
+    bits = report.load_bits.get(weights)
+    return f"{weights.removesuffix('_ptr')} {'unknown' if bits is None else f'b{bits}'}"
 
 
 def _mix(reports: Sequence[Report]) -> str:
@@ -161,10 +194,3 @@ def _mix(reports: Sequence[Report]) -> str:
     everything = sum(total.values())
     ranked = sorted(total.items(), key=lambda item: -item[1])
     return ", ".join(f"{kind} {times / everything:.0%}" for kind, times in ranked if times * 200 > everything)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

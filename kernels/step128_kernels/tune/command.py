@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from step128_kernels.command_options import positive
 from step128_kernels.tune.files import Provenance, tune
 from step128_kernels.tune.journal import Outcome
 from step128_kernels.tune.options import Plan, output_folder, parsed_shape, plan
@@ -59,16 +60,10 @@ def add_parser(commands: Any, epilog: str) -> None:
     )
     parser.add_argument("--restart", action="store_true", help="forget what an interrupted run has finished")
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help="compiling processes of the cost model; default: all cores"
+        "--jobs", type=positive, metavar="N", help="compiling processes of the cost model; default: all cores"
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

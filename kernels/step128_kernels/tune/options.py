@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step128_kernels.codebook import GROUP_SIZE
+from step128_kernels.command_options import check_kernels
 from step128_kernels.errors import KernelToolError
 from step128_kernels.gpu import Gpu
 from step128_kernels.tune.search import Shape, Target
@@ -47,6 +48,7 @@ def plan(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]], gpu
     """Decide what to tune: a supported GPU is measured on, unless --arch names another one.
 
     Raises:
+        NoSuchKernelError: for an unknown kernel, whatever the GPU.
         UnsupportedGpuError: for an NVIDIA GPU, or one of AMD's that the kernels are not tuned for, without --arch.
         UsageError: for options that do not go together.
 
@@ -75,9 +77,7 @@ def plan(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]], gpu
 
 def _kernels(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]]) -> list[str]:
     kernels = list(dict.fromkeys(options.kernel or shapes))
-    unknown = [kernel for kernel in kernels if kernel not in shapes]
-    if unknown:
-        raise UsageError(f"--kernel {unknown[0]}: no such kernel; there are {', '.join(shapes)}.")
+    check_kernels(kernels, shapes)
     if options.shape and len(kernels) != 1:
         raise UsageError("--shape needs one --kernel, whose shape it is.")
     return kernels
