@@ -15,9 +15,11 @@ import torch
 from step128_kernels.launch import KernelCase, Launch
 from step128_kernels.nl4_arguments import weight_bytes
 from step128_kernels.nl4_gemm.configs import DEFAULT as GEMM_DEFAULT
+from step128_kernels.nl4_gemm.configs import KEYS as GEMM_KEYS
 from step128_kernels.nl4_gemm.configs import gemm_candidates
 from step128_kernels.nl4_gemm.launches import gemm_launch
 from step128_kernels.nl4_moe.configs import DEFAULT as MOE_DEFAULT
+from step128_kernels.nl4_moe.configs import KEYS as MOE_KEYS
 from step128_kernels.nl4_moe.configs import moe_candidates
 from step128_kernels.nl4_moe.launches import (
     MoeShape,
@@ -155,8 +157,8 @@ def _block_experts(moe: MoeShape, config: Config) -> tuple[int, ...]:
 
 def shipped_configs(kernel: str, shape: Shape, arch: str) -> Mapping[int, Config]:
     """Configs by rows that this release uses for a shape on an arch's GPU."""
-    default = GEMM_DEFAULT if kernel == "nl4_gemm" else MOE_DEFAULT
-    return load_config(kernel, shape, DEVICE_OF_ARCH[arch], arch, default=default).configs
+    default, keys = (GEMM_DEFAULT, GEMM_KEYS) if kernel == "nl4_gemm" else (MOE_DEFAULT, MOE_KEYS)
+    return load_config(kernel, shape, DEVICE_OF_ARCH[arch], arch, default=default, keys=keys).configs
 
 
 def all_cases(arch: str | None = None, kernel: str | None = None) -> Iterator[KernelCase]:

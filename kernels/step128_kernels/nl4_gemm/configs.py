@@ -53,11 +53,14 @@ DEFAULT = {
 }
 """By activation rows, for a GPU that nothing is tuned for."""
 
+KEYS = {"decode": frozenset(decode_config(1, 1, 1, 32)), "prefill": frozenset(prefill_config(16, 16, 64, 1, 1))}
+"""What a config of each phase must hold, and nothing else."""
+
 
 def gemm_table(n: int, k: int, device: torch.device) -> TunedTable:
     """Configs for a weight of ``n`` x ``k`` on a device."""
     name, arch = gpu_identity(device)
-    return load_config(KERNEL, {"N": n, "K": k}, name, arch, default=DEFAULT)
+    return load_config(KERNEL, {"N": n, "K": k}, name, arch, default=DEFAULT, keys=KEYS)
 
 
 # BLOCK_M, BLOCK_N, num_warps worth trying; BLOCK_K is 64, so that a lane of WMMA's layout reads 128 bits of weights

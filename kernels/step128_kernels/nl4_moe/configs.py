@@ -31,6 +31,9 @@ DEFAULT = {
 }
 """By tokens, for a GPU that nothing is tuned for."""
 
+KEYS = {str(config["phase"]): frozenset(config) for config in DEFAULT.values()}
+"""What a config of each phase must hold, and nothing else."""
+
 # BLOCK_M, and for gate and up, then for down: (BLOCK_N, num_warps) worth trying; BLOCK_K is 64 as for linear layers
 _PREFILL_SIZES = (
     (16, ((32, 2), (64, 4)), ((32, 2), (64, 4))),
@@ -45,7 +48,7 @@ def moe_config(shape: MoeShape, device: torch.device) -> Config:
     """Config for a call on a device."""
     name, arch = gpu_identity(device)
     sizes = {"E": shape.experts, "N": shape.intermediate, "K": shape.hidden, "top_k": shape.top_k}
-    return load_config(KERNEL, sizes, name, arch, default=DEFAULT).nearest(shape.tokens)
+    return load_config(KERNEL, sizes, name, arch, default=DEFAULT, keys=KEYS).nearest(shape.tokens)
 
 
 def moe_candidates(phase: str, shape: MoeShape) -> Iterator[Config]:

@@ -83,10 +83,9 @@ def candidates(kernel: str, phase: str, shape: Shape, m: int, arch: str) -> Iter
     for block_m in (16, 32, 64, 128):
         if not (block_m == 16 or block_m <= 4 * rows) or 8 * block_m < rows:
             continue
-        for block_n in (32, 64, 128):
-            for block_k in (32, 64, 128):
-                for num_warps in (4, 8) if block_m >= 64 else (2, 4):
-                    yield _config(phase, block_m, block_n, block_k, num_warps)
+        for block_n in (64, 128):
+            for block_k in (64, 128):
+                yield _config(phase, block_m, block_n, block_k, 8 if block_m >= 64 else 4)
 
 
 def case(kernel: str, shape: Shape, m: int, config: Config, arch: str) -> KernelCase:
