@@ -99,8 +99,9 @@ EXPECTED_SHARE = 0.75
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", list(SHAPES))
 def test_decode_is_bound_by_memory_not_by_instructions(reports: list[Report], kernel: str, arch: str) -> None:
-    """Up to four rows: three quarters of what instructions allow still exceed the card's bandwidth; eight rows reach
-    it by the model itself. Weights under 4 MB are left out: on 64 compute units they are gone in less time than a wave
+    """Up to four rows: three quarters of what instructions allow still exceed the card's bandwidth. Eight rows are near
+    the edge: the model itself, which is optimistic, gives four fifths of the bandwidth or more (the least are two
+    layers of 40 and 44 work-groups for 32 work-group processors, LOG.md). Weights under 4 MB are left out: on 64 compute units they are gone in less time than a wave
     takes from start to end, so neither memory nor instructions are their limit.
     """
     large = [r for r in of_kind(reports, kernel, "decode", arch) if r.case.memory_bytes >= 4e6]
@@ -108,7 +109,7 @@ def test_decode_is_bound_by_memory_not_by_instructions(reports: list[Report], ke
     assert len(few) >= len(SHAPES[kernel])
     slow = {case_title(r.case): r.share_of_bandwidth for r in few if r.share_of_bandwidth * EXPECTED_SHARE < 1}
     slow |= {
-        case_title(r.case): r.share_of_bandwidth for r in large if r.case.shape["M"] == 8 and r.share_of_bandwidth < 1
+        case_title(r.case): r.share_of_bandwidth for r in large if r.case.shape["M"] == 8 and r.share_of_bandwidth < 0.8
     }
     assert not slow, slow
 
