@@ -1,5 +1,6 @@
 """Gates of the shipped kernels: every config that we ship is compiled for both GPUs, counted, and held to these."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,8 +12,8 @@ from step128_kernels.launch import KernelCase
 from step128_kernels.nl4_gemm.configs import decode_config, prefill_config
 from step128_kernels.offline.inspect import Report, case_title
 from step128_kernels.offline.parallel import inspect_cases
-from step128_kernels.tuned.load import load_config
-from step128_kernels.tuned.names import DEVICE_OF_ARCH
+from step128_kernels.tuned.load import load_config, shipped_folder
+from step128_kernels.tuned.names import DEVICE_OF_ARCH, file_name
 from step128_kernels.vllm_plugin.baselines import baseline_case
 
 LEAST_WAVES_PER_SIMD = 8
@@ -81,6 +82,20 @@ def test_every_shape_has_a_file_of_its_own(kernel: str, arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("n", [1280, 640, 320, 160])
+def test_vllms_own_unquantized_experts_have_a_file(n: int, arch: str) -> None:
+    """Under the name that vLLM looks for; where it comes from stands beside it, since vLLM reads every key."""
+    folder = shipped_folder(None)
+    assert folder is not None
+    path = folder / "vllm" / file_name("vllm_fused_moe", {"E": 240, "N": n}, DEVICE_OF_ARCH[arch])
+    configs = json.loads(path.read_text())
+    assert all(int(rows) > 0 for rows in configs if rows != "triton_version")
+    assert all("BLOCK_SIZE_M" in config for rows, config in configs.items() if rows != "triton_version")
+    provenance = json.loads(path.with_suffix(".provenance.json").read_text())
+    assert provenance["source"] in ("measured", "modelled, not measured")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("kernel", list(SHAPES))
 def test_every_shipped_config_passes_the_gates(reports: list[Report], kernel: str, phase: str, arch: str) -> None:
@@ -101,8 +116,8 @@ EXPECTED_SHARE = 0.75
 def test_decode_is_bound_by_memory_not_by_instructions(reports: list[Report], kernel: str, arch: str) -> None:
     """Up to four rows: three quarters of what instructions allow still exceed the card's bandwidth. Eight rows are near
     the edge: the model itself, which is optimistic, gives four fifths of the bandwidth or more (the least are two
-    layers of 40 and 44 work-groups for 32 work-group processors, LOG.md). Weights under 4 MB are left out: on 64 compute units they are gone in less time than a wave
-    takes from start to end, so neither memory nor instructions are their limit.
+    layers of 40 and 44 work-groups for 32 work-group processors, LOG.md). Weights under 4 MB are left out: on 64
+    compute units they are gone in less time than a wave takes, so neither memory nor instructions are their limit.
     """
     large = [r for r in of_kind(reports, kernel, "decode", arch) if r.case.memory_bytes >= 4e6]
     few = [r for r in large if r.case.shape["M"] <= 4]
