@@ -16,9 +16,10 @@ from step128_kernels.tune.search import Candidate, Judge
 from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 METHOD = (
-    "by the cost model over compiled code (step128-kernels inspect), least of the root of squares of issuing, waiting for "
-    "memory and moving the weights, among candidates with no spills, those that meet the gates of their phase first; "
-    "for vllm_fused_moe, least of issuing or moving the weights, whichever is longer, its own default winning ties"
+    "by the cost model over compiled code (step128-kernels inspect), least of the root of squares of issuing, waiting "
+    "for memory and moving the weights, among candidates with no spills, those that meet the gates of their phase "
+    "first; for vllm_fused_moe, least of issuing or moving the weights, whichever is longer, its own default winning "
+    "ties"
 )
 
 _LEAST_DECODE_WAVES_PER_SIMD = 8
