@@ -192,7 +192,9 @@ def test_the_exact_command_on_four_r9700(run: Run) -> None:
     assert code == 0 and words[start + 1 :] == shlex.split(ARGV.replace("MODEL", str(REAL_MODEL)))
     assignments = dict(word.split("=", 1) for word in words[1:start] if "=" in word)
     assert assignments.pop("VLLM_API_KEY") == "$(cat /STATE/api_key)"
-    assert assignments == ENVIRONMENT | {"STEP128_LOAD_REPORT_DIR": "/STATE/load-reports"}
+    tuned = str(find_configs_dir({}).absolute() / "tuned/vllm")
+    added = {"STEP128_LOAD_REPORT_DIR": "/STATE/load-reports", "VLLM_TUNED_CONFIG_FOLDER": tuned}
+    assert assignments == ENVIRONMENT | added
     document = json.loads(run(str(REAL_MODEL), "--json", "--state-dir", "/STATE")[1])
     assert document["argv"] == words[start:] and document["environment"] == assignments
 
