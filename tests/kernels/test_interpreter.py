@@ -3,18 +3,39 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_in_the_interpreter(name: str) -> None:
+@pytest.fixture(scope="module")
+def running() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
+    """One process a file, side by side: the interpreter is slow, and uses one core each."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    assert done.returncode == 0
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    started = {
+        name: subprocess.Popen(
+            [*command, str(FOLDER / name)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in FILES
+    }
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_the_interpreter(running: dict[str, "subprocess.Popen[str]"], name: str) -> None:
+    output, _ = running[name].communicate()
+    print(output[-6000:])
+    assert running[name].returncode == 0
+    assert " passed" in output and "skipped" not in output

@@ -15,7 +15,7 @@ DECODE = [decode_config(1, 1, 1, 32), decode_config(4, 2, 4, 32), decode_config(
 PREFILL = [prefill_config(16, 32, 32, 2, 1), prefill_config(32, 64, 64, 4, 1)]
 # rows of x, rows of W, columns: none that blocks fill, K of 16 (half a tile) among them; the last fills them all, as
 # the shipped shapes do
-SHAPES = [(1, 48, 64), (3, 40, 48), (17, 72, 112), (2, 16, 16), (4, 64, 128)]
+SHAPES = [(1, 48, 64), (3, 40, 48), (17, 40, 80), (2, 16, 16), (4, 64, 128)]
 
 
 def compute(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, config: dict, amd: bool) -> torch.Tensor:
