@@ -21,16 +21,7 @@ from step128_kernels.nl4_gemm.launches import gemm_launch
 from step128_kernels.nl4_moe.configs import DEFAULT as MOE_DEFAULT
 from step128_kernels.nl4_moe.configs import KEYS as MOE_KEYS
 from step128_kernels.nl4_moe.configs import moe_candidates
-from step128_kernels.nl4_moe.launches import (
-    MoeShape,
-    align_launch,
-    block_count,
-    combine_launch,
-    down_launch,
-    gate_up_launch,
-    needs_sorting,
-    one_pair_blocks,
-)
+from step128_kernels.nl4_moe.launches import MoeShape, block_count, moe_launches, needs_sorting
 from step128_kernels.tuned.load import Config, load_config
 from step128_kernels.tuned.names import DEVICE_OF_ARCH
 
@@ -118,12 +109,10 @@ def case(kernel: str, shape: Shape, m: int, config: Config, arch: str) -> Kernel
 
 def _moe_launches(moe: MoeShape, config: Config) -> tuple[Launch, ...]:
     owners = {"block_experts_ptr": _block_experts(moe, config)}
-    gate_up = replace(gate_up_launch(moe, config, _SWIGLU_LIMIT, ELEMENT, amd=True), loads=owners)
-    down = replace(down_launch(moe, config, ELEMENT, amd=True), loads=owners)
-    launches = (gate_up, down, combine_launch(moe, config, ELEMENT))
-    if one_pair_blocks(moe, config) or needs_sorting(moe):
-        return launches
-    return (align_launch(moe, config), *launches)
+    return tuple(
+        replace(launch, loads=owners) if owners.keys() <= launch.pointers.keys() else launch
+        for launch in moe_launches(moe, config, _SWIGLU_LIMIT, ELEMENT, amd=True)
+    )
 
 
 def rows_of_experts(moe: MoeShape) -> tuple[int, ...]:

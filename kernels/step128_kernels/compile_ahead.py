@@ -22,21 +22,12 @@ from typing import Any
 import torch
 
 from step128_kernels.launch import Launch, Pointer
-from step128_kernels.nl4_arguments import ELEMENTS
+from step128_kernels.nl4_arguments import DTYPES, ELEMENTS
 from step128_kernels.nl4_gemm.configs import gemm_table
 from step128_kernels.nl4_gemm.launches import gemm_launch
 from step128_kernels.nl4_moe.align import LARGEST_ALIGNED_PAIRS
 from step128_kernels.nl4_moe.configs import moe_config
-from step128_kernels.nl4_moe.launches import (
-    Config,
-    MoeShape,
-    align_launch,
-    combine_launch,
-    down_launch,
-    gate_up_launch,
-    needs_sorting,
-    one_pair_blocks,
-)
+from step128_kernels.nl4_moe.launches import Config, MoeShape, moe_launches
 from step128_kernels.run_launch import run, uses_assembly
 
 MOST_ROWS = 16384
@@ -44,7 +35,7 @@ MOST_ROWS = 16384
 
 # A child of vLLM's logger, which is the one that a server prints.
 _log = logging.getLogger("vllm.step128.compile_ahead")
-_DTYPES = {element: dtype for dtype, element in ELEMENTS.items()} | {"i32": torch.int32, "i64": torch.int64}
+_DTYPES = DTYPES | {"i32": torch.int32, "i64": torch.int64}
 _known: set[int] = set()  # compiled kernels by identity; Triton keeps them for good
 
 
@@ -92,12 +83,7 @@ def compile_experts(shape: MoeShape, limit: float | None, dtype: torch.dtype, de
     def launches() -> Iterator[Launch]:
         element, amd = _kind(dtype, device)
         for rows in _row_counts(config_of):
-            call, config = replace(shape, tokens=rows), config_of(rows)
-            if not one_pair_blocks(call, config) and not needs_sorting(call):
-                yield align_launch(call, config)
-            yield gate_up_launch(call, config, limit, element, amd)
-            yield down_launch(call, config, element, amd)
-            yield combine_launch(call, config, element)
+            yield from moe_launches(replace(shape, tokens=rows), config_of(rows), limit, element, amd)
 
     sizes = f"E={shape.experts} N={shape.intermediate} K={shape.hidden} top_k={shape.top_k}"
     return _compile(f"nl4_moe {sizes} limit={limit} {dtype}", launches())

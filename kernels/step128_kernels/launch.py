@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-INDEX_RANGE_BYTES = 1 << 31
-"""Tensors below this size are addressed with 32-bit offsets (buffer instructions) by Triton's AMD backend."""
-
 
 @dataclass(frozen=True)
 class Pointer:

@@ -13,6 +13,7 @@ from step128_kernels.nl4_layout import ROWS_PER_TILE, tile_shape
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 
 _TILE_BYTES = ROWS_PER_TILE * 16
 _TILE_SCALE_BYTES = ROWS_PER_TILE * 4

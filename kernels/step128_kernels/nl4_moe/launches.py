@@ -62,6 +62,22 @@ def block_count(shape: MoeShape, config: Config) -> int:
     return most_blocks(shape.pairs, int(config["BLOCK_M"]), shape.experts)
 
 
+def needs_aligning(shape: MoeShape, config: Config) -> bool:
+    """Whether the align kernel makes the blocks: neither are they the pairs themselves, nor are there too many."""
+    return not one_pair_blocks(shape, config) and not needs_sorting(shape)
+
+
+def moe_launches(shape: MoeShape, config: Config, limit: float | None, element: str, amd: bool) -> tuple[Launch, ...]:
+    """All launches of one call, in order; pairs that are sorted instead of aligned are torch's work, not among them."""
+    align = (align_launch(shape, config),) if needs_aligning(shape, config) else ()
+    return (
+        *align,
+        gate_up_launch(shape, config, limit, element, amd),
+        down_launch(shape, config, element, amd),
+        combine_launch(shape, config, element),
+    )
+
+
 def align_launch(shape: MoeShape, config: Config) -> Launch:
     """Launch of the align kernel, for up to LARGEST_ALIGNED_PAIRS pairs."""
     padded = max(_ALIGN_CHUNK, 1 << (shape.pairs - 1).bit_length())

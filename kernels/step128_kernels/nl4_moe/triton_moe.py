@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from step128_kernels.nl4_arguments import ELEMENTS, check_columns, codebook_table
+from step128_kernels.nl4_arguments import DTYPES, ELEMENTS, check_columns, codebook_table
 from step128_kernels.nl4_moe.align import ExpertBlocks, align_by_sorting
 from step128_kernels.nl4_moe.configs import moe_config
 from step128_kernels.nl4_moe.launches import (
@@ -21,8 +21,6 @@ from step128_kernels.nl4_moe.launches import (
     partial_element,
 )
 from step128_kernels.run_launch import run, uses_assembly
-
-_DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -96,7 +94,7 @@ def nl4_moe_triton(
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
     blocks = make_blocks(shape, config, topk_ids, expert_map)
     hidden = torch.empty(shape.pairs, intermediate, dtype=x.dtype, device=x.device)
-    partial_dtype = _DTYPES[partial_element(config, element)]
+    partial_dtype = DTYPES[partial_element(config, element)]
     partial = torch.empty(shape.pairs, hidden_size, dtype=partial_dtype, device=x.device)
     common = {
         "codebook_ptr": codebook_table(x.device),

@@ -69,11 +69,6 @@ class Assembly:
     argument_offsets: tuple[int, ...]
     """Byte offset of each kernel argument, Triton's two hidden scratch pointers last."""
 
-    @cached_property
-    def instruction_count(self) -> int:
-        """Static number of instructions."""
-        return sum(len(block.instructions) for block in self.blocks)
-
 
 def parse_assembly(text: str) -> Assembly:
     """Parse what Triton returns as ``asm["amdgcn"]``.
