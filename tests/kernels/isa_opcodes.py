@@ -170,6 +170,11 @@ def _arithmetic_shift(a: Words, b: Words) -> Words:
     return (b.view(np.int32) >> _five(a).view(np.int32)).view(np.uint32)
 
 
+def _signed_shift(h: list[Words], _: bool) -> Words:
+    value = (h[1] & LOW16).astype(np.uint16).view(np.int16).astype(np.int32)
+    return (value >> (h[0] & LOW4).astype(np.int32)).view(np.uint32) & LOW16
+
+
 def _ubyte(i: int) -> Opcode:
     return _bits(lambda a: as_bits((a >> np.uint32(8 * i) & BYTE).astype(np.float32)), 1, VOP1)
 
@@ -201,6 +206,7 @@ OPCODES: dict[str, Opcode] = {
     "v_pk_add_f16": _packed_f16(lambda a, b: a + b, 2),
     "v_pk_lshlrev_b16": _packed(lambda h, _: h[1] << (h[0] & LOW4) & LOW16, 2, "op_sel op_sel_hi", "u16"),
     "v_pk_lshrrev_b16": _packed(lambda h, _: h[1] >> (h[0] & LOW4), 2, "op_sel op_sel_hi", "u16"),
+    "v_pk_ashrrev_i16": _packed(_signed_shift, 2, "op_sel op_sel_hi", "u16"),
     "v_fma_f32": Opcode(lambda s, m: round_to(fused(*map(as_float, s)), np.float32, m.clamp), 3, VOP3, "clamp"),
     "v_fma_mix_f32": Opcode(_fma_mix, 3, VOP3P, "op_sel op_sel_hi clamp", "mix"),
     "v_cvt_f32_f16": _bits(

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, str, tuple[int, ...], int]] = {
     "v_pk_add_f16": ("v_pk_add_f16 $0, $1, $2", "=v,v,v", (0xC2003E00, 0x3C003C00), 0xC0004100),
     "v_pk_lshlrev_b16": ("v_pk_lshlrev_b16 $0, 4, $1 op_sel_hi:[0,1]", "=v,v", (0xF123F456,), 0x12304560),
     "v_pk_lshrrev_b16": ("v_pk_lshrrev_b16 $0, $1, $2", "=v,v,v", (0x00080004, 0xF123F456), 0x00F10F45),
+    "v_pk_ashrrev_i16": ("v_pk_ashrrev_i16 $0, 1, $1 op_sel_hi:[0,1]", "=v,v", (0xF1237457,), 0xF8913A2B),
     "v_fma_f32": ("v_fma_f32 $0, $1, $2, $3", THREE, (0x39800001, 0x397FFFFE, 0x3F800001), 0x3F800001),
     "v_fma_mix_f32": (
         "v_fma_mix_f32 $0, $1, $2, 1.0 op_sel:[1,0,0] op_sel_hi:[1,0,0]",
