@@ -25,8 +25,8 @@ class Launch:
     """The ``triton.JITFunction``."""
     pointers: Mapping[str, Pointer]
     """Run-time pointer arguments by name, in any order."""
-    scalars: Mapping[str, int]
-    """Run-time integer arguments, with the values of this launch."""
+    scalars: Mapping[str, int | float]
+    """Run-time integer and float32 arguments, with the values of this launch."""
     constants: Mapping[str, Any]
     """``tl.constexpr`` arguments."""
     grid: tuple[int, int, int]
@@ -47,7 +47,7 @@ class KernelCase:
     """All launches of one call of an operator with one config, pre-passes and reductions included."""
 
     kernel: str
-    """"nl4_gemm" or "nl4_moe"."""
+    """"nl4_gemm", "nl4_moe", "attention_fp8" or "attention_bf16" (the KV cache's dtype)."""
     phase: str
     """"decode" or "prefill"."""
     arch: str
@@ -62,3 +62,5 @@ class KernelCase:
     """Weight and scale bytes that must come from memory once."""
     notes: tuple[str, ...] = ()
     """What the launches leave out, for people who read the counts."""
+    unit: str = "weight"
+    """What ``weights`` counts: "KV byte" for attention, whose ``memory_bytes`` they are."""

@@ -191,7 +191,7 @@ def attention_decode_kernel(
     Grid: row tiles, KV heads x splits, sequences. Sequences with more than ``most_query_tokens`` are left to prefill.
 
     Args:
-        query_ptr: ``[tokens, HEADS, D]``, ``query_stride`` elements a token.
+        query_ptr: ``[tokens, HEADS, D]``; with FP8 int32 words of two elements. ``query_stride`` a token.
         cache_ptr: int16 for FP8 (two values a word), else the cache's type; page order.
         table_ptr: int32 pages by sequence, ``table_stride`` a row.
         lengths_ptr: int32, keys of each sequence.
@@ -234,8 +234,9 @@ def attention_decode_kernel(
 
     q_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, left))
     q_token = start + gl.minimum(q_row // GQA, query_tokens - 1)
-    q_offsets = q_token * query_stride + (head * GQA + q_row % GQA) * D
-    q0, q1, factor = load_queries(query_ptr, q_offsets, scale, k_scale_ptr, D, FP8, left)
+    WORDS: gl.constexpr = D // 2 if FP8 else D  # of a query head
+    q_offsets = q_token * query_stride + (head * GQA + q_row % GQA) * WORDS
+    q0, q1, factor = load_queries(query_ptr, q_offsets, scale, k_scale_ptr, D, FP8, ELEMENT, left)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, scores))
     v_scale = 1.0
     if FP8:

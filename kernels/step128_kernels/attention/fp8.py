@@ -49,6 +49,18 @@ def bytes_to_halves(word):
 
 
 @triton.jit
+def pairs_to_floats(word, ELEMENT: tl.constexpr):
+    """float32 of the low and of the high half of int32 words that hold two bfloat16 ("bf16") or float16 ("fp16")."""
+    if ELEMENT == "bf16":
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
 def float_to_byte(value):
     """e4m3 code (int32, 0..255) of float32 values: clamped to +-448, to nearest even; NaN is 0x7f.
 

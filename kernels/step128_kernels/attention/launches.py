@@ -95,7 +95,8 @@ def decode_launches(call: AttentionCall, config: Mapping[str, int | str], target
 def _reduce_launch(call: AttentionCall, partial: Mapping[str, Pointer], rows: int, splits: int, amd: bool) -> Launch:
     shape = call.shape
     block_splits = 1 << (splits - 1).bit_length()
-    warps = max(1, block_splits * _REDUCE_BLOCK_D // _REDUCE_WARP_ELEMENTS)
+    block_d = min(shape.head_dim, max(_REDUCE_BLOCK_D, _REDUCE_WARP_ELEMENTS // block_splits))
+    warps = max(1, block_splits * block_d // _REDUCE_WARP_ELEMENTS)
     return Launch(
         name="attention_reduce",
         function=attention_reduce_kernel,
@@ -104,12 +105,12 @@ def _reduce_launch(call: AttentionCall, partial: Mapping[str, Pointer], rows: in
         constants={
             "HEADS": shape.heads,
             "D": shape.head_dim,
-            "BLOCK_D": _REDUCE_BLOCK_D,
+            "BLOCK_D": block_d,
             "BLOCK_SPLITS": block_splits,
             "ELEMENT": shape.element,
             "AMD": amd,
         },
-        grid=(rows, shape.head_dim // _REDUCE_BLOCK_D, 1),
+        grid=(rows, shape.head_dim // block_d, 1),
         num_warps=min(8, warps),
     )
 
@@ -193,26 +194,28 @@ def _constants(shape: AttentionShape, block_n: int) -> dict[str, object]:
 def _pointers(call: AttentionCall) -> dict[str, Pointer]:
     shape = call.shape
     tokens = call.sequences * call.query_tokens
-    queries = Pointer(shape.element, tokens * shape.heads * shape.head_dim * ELEMENT_BYTES[shape.element])
+    size_bytes = tokens * shape.heads * shape.head_dim * ELEMENT_BYTES[shape.element]
     return {
-        "query_ptr": queries,
+        "query_ptr": Pointer("i32" if shape.kv_dtype == "fp8" else shape.element, size_bytes),
         "cache_ptr": Pointer("i16" if shape.kv_dtype == "fp8" else shape.kv_dtype, _POOL_BYTES),
         "table_ptr": Pointer("i32", 4 * call.sequences * -(-call.context_tokens // shape.page)),
         "lengths_ptr": Pointer("i32", 4 * call.sequences),
         "starts_ptr": Pointer("i32", 4 * (call.sequences + 1)),
         "k_scale_ptr": Pointer("fp32", 4),
         "v_scale_ptr": Pointer("fp32", 4),
-        "out_ptr": queries,
+        "out_ptr": Pointer(shape.element, size_bytes),
     }
 
 
 def _strides(call: AttentionCall) -> dict[str, int | float]:
-    """Strides of contiguous tensors, those of the cache in the words that the kernels read: two bytes each."""
+    """Strides of contiguous tensors, in the words that the kernels read: of the cache two bytes each, of queries two
+    elements each with FP8.
+    """
     shape = call.shape
     page_words = shape.page * 2 * shape.head_dim * KV_BYTES[shape.kv_dtype] // 2
     return {
         "scale": shape.head_dim**-0.5,
-        "query_stride": shape.heads * shape.head_dim,
+        "query_stride": shape.heads * shape.head_dim // (2 if shape.kv_dtype == "fp8" else 1),
         "block_stride": page_words * shape.kv_heads,
         "head_stride": page_words,
         "table_stride": -(-call.context_tokens // shape.page),

@@ -18,6 +18,7 @@ from step128_kernels.attention.fp8 import (
     TO_HALVES,
     TO_HALVES_CONSTRAINTS,
     bytes_to_halves,
+    pairs_to_floats,
 )
 from step128_kernels.attention.spans import split_span, tile_span
 from step128_kernels.nl4_tiles import to_element
@@ -217,10 +218,10 @@ def attention_paged_kernel(
 
     inside = tl.minimum(token, query_tokens - 1)
     half_dim = tl.arange(0, D // 2)
-    q_offsets = ((start + inside).to(tl.int64) * query_stride + query_head * D)[:, None]
+    WORDS: tl.constexpr = D // 2 if FP8 else D  # of a query head
+    q_offsets = ((start + inside).to(tl.int64) * query_stride + query_head * WORDS)[:, None]
     if FP8:
-        q0 = tl.load(query_ptr + (q_offsets + 2 * half_dim[None, :])).to(tl.float32)
-        q1 = tl.load(query_ptr + (q_offsets + (2 * half_dim + 1)[None, :])).to(tl.float32)
+        q0, q1 = pairs_to_floats(tl.load(query_ptr + (q_offsets + half_dim[None, :])), ELEMENT)
         largest = tl.max(tl.maximum(tl.abs(q0), tl.abs(q1)), 1)
         exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _LEAST_EXPONENT)
         up = ((254 - exponent + _Q_EXPONENT) << 23).to(tl.float32, bitcast=True)[:, None]

@@ -186,8 +186,9 @@ def attention_prefill_kernel(
 
     q_row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, left))
     q_token = (start + gl.minimum(q_row // GQA, query_tokens - 1)).to(gl.int64)
-    q_offsets = q_token * query_stride + (head * GQA + q_row % GQA) * D
-    q0, q1, factor = load_queries(query_ptr, q_offsets, scale, k_scale_ptr, D, FP8, left)
+    WORDS: gl.constexpr = D // 2 if FP8 else D  # of a query head
+    q_offsets = q_token * query_stride + (head * GQA + q_row % GQA) * WORDS
+    q0, q1, factor = load_queries(query_ptr, q_offsets, scale, k_scale_ptr, D, FP8, ELEMENT, left)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, scores))
     v_scale = 1.0
     if FP8:

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from step128_kernels import nl4_tiles
-from step128_kernels.attention import spans
+from step128_kernels.attention import fp8, spans
 from step128_kernels.attention.fp8 import (
     RDNA3_TO_HALVES,
     RDNA3_TO_HALVES_CONSTRAINTS,
@@ -19,6 +19,7 @@ from step128_kernels.attention.fp8 import (
 tile_span = gluon.jit(spans.tile_span.fn)
 split_span = gluon.jit(spans.split_span.fn)
 to_element = gluon.jit(nl4_tiles.to_element.fn)
+pairs_to_floats = gluon.jit(fp8.pairs_to_floats.fn)
 
 SHIFT = gl.constexpr(15.0)
 """Probabilities are at most 2**15: float16's smallest normal number is then 2**-29 of the largest probability."""
@@ -66,16 +67,25 @@ def wmma(a, b, total, RDNA4: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(query_ptr, offsets, scale, k_scale_ptr, D: gl.constexpr, FP8: gl.constexpr, left: gl.constexpr):
+def load_queries(
+    query_ptr,
+    offsets,
+    scale,
+    k_scale_ptr,
+    D: gl.constexpr,
+    FP8: gl.constexpr,
+    ELEMENT: gl.constexpr,
+    left: gl.constexpr,
+):
     """Query rows in two halves ``[rows, D / 2]``, and what scores must be multiplied with for exp2, ``[rows]``.
 
-    With FP8 the halves are even and odd dimensions, scaled by a power of two a row to at most 2**15, as float16; else
-    the first and the second half as they are.
+    With FP8 the halves are even and odd dimensions, read as int32 of two, scaled by a power of two a row to at most
+    2**15, as float16; else the first and the second half as they are. ``offsets`` ``[rows]``: in elements of
+    ``query_ptr``.
     """
     dim = gl.arange(0, D // 2, layout=gl.SliceLayout(0, left))
     if FP8:
-        q0 = gl.load(query_ptr + (offsets[:, None] + 2 * dim[None, :])).to(gl.float32)
-        q1 = gl.load(query_ptr + (offsets[:, None] + (2 * dim + 1)[None, :])).to(gl.float32)
+        q0, q1 = pairs_to_floats(gl.load(query_ptr + (offsets[:, None] + dim[None, :])), ELEMENT)
         largest = gl.max(gl.maximum(gl.abs(q0), gl.abs(q1)), 1)
         exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, _LEAST_EXPONENT)
         up = ((254 - exponent + _Q_EXPONENT) << 23).to(gl.float32, bitcast=True)[:, None]

@@ -27,7 +27,7 @@ class AttentionShape:
     kv_dtype: str
     """"fp8" (e4m3, one scale a layer for K and one for V), "bf16" or "fp16"."""
     element: str
-    """Type of queries and output: "bf16" or "fp16" ("fp32" with an FP8 cache, portable kernels only)."""
+    """Type of queries and output: "bf16" or "fp16"."""
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads or not 1 <= self.heads // self.kv_heads <= MOST_GQA_RATIO:
@@ -40,7 +40,9 @@ class AttentionShape:
             raise ValueError(f"a page of {self.page} tokens is no multiple of {KEYS_PER_GRANULE}")
         if self.kv_dtype not in KV_BYTES:
             raise ValueError(f"KV cache of {self.kv_dtype}; known are {', '.join(KV_BYTES)}")
-        if self.kv_dtype != "fp8" and self.kv_dtype != self.element:
+        if self.element not in ("bf16", "fp16"):
+            raise ValueError(f"queries of {self.element}; the kernels take bf16 and fp16")
+        if self.kv_dtype not in ("fp8", self.element):
             raise ValueError(f"a KV cache of {self.kv_dtype} needs queries of {self.kv_dtype}, not of {self.element}")
         if self.window < 0:
             raise ValueError(f"a window of {self.window} keys; 0 means none")

@@ -108,10 +108,11 @@ def paged_attention_triton(
     # Contexts are rounded up to a power of two: which config serves hardly depends on more, and few launches are made.
     context = 1 << (max_context_tokens - 1).bit_length()
     call = AttentionCall(shape, seq_lens.shape[0], max_query_tokens, context)
+    is_fp8 = shape.kv_dtype == "fp8"
     words = kv_cache.element_size() / _WORD_BYTES
     scalars = {
         "scale": scale,
-        "query_stride": _rows_apart(query, "query"),
+        "query_stride": _rows_apart(query, "query") // (2 if is_fp8 else 1),
         "block_stride": int(kv_cache.stride(0) * words),
         "head_stride": int(kv_cache.stride(1) * words),
         "table_stride": block_table.stride(0),
@@ -120,8 +121,8 @@ def paged_attention_triton(
     if scratch is None:
         scratch = torch.empty(scratch_elements(heads, head_dim), dtype=torch.float32, device=query.device)
     tensors = {
-        "query_ptr": query,
-        "cache_ptr": kv_cache.view(torch.int16) if kv_cache.element_size() == 1 else kv_cache,
+        "query_ptr": query.view(torch.int32) if is_fp8 else query,
+        "cache_ptr": kv_cache.view(torch.int16) if is_fp8 else kv_cache,
         "table_ptr": block_table,
         "lengths_ptr": seq_lens,
         "starts_ptr": query_start,

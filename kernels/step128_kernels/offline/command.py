@@ -20,6 +20,7 @@ from step128_kernels.offline.compile import require_triton
 from step128_kernels.offline.cost import DEVICES
 from step128_kernels.offline.inspect import Report, case_title, report_json
 from step128_kernels.offline.parallel import inspect_cases
+from step128_kernels.tuned.names import expanded
 
 _SUMMARY = "compile every shipped kernel with no GPU and count what it costs"
 _DESCRIPTION = f"""{_SUMMARY}.
@@ -44,6 +45,10 @@ def add_parser(commands: Any, epilog: str) -> None:
     )
     parser.add_argument("--arch", choices=sorted(DEVICES), help="default: both")
     parser.add_argument("--kernel", metavar="NAME", help="only this kernel, such as nl4_gemm")
+    parser.add_argument("--kv-dtype", choices=["fp8", "bf16"], help="of attention, only this KV cache")
+    parser.add_argument(
+        "--q-len", type=positive, metavar="N", help="of attention, only calls with so many query tokens a sequence"
+    )
     parser.add_argument("--phase", choices=["decode", "prefill"], help="default: both")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
@@ -52,7 +57,7 @@ def add_parser(commands: Any, epilog: str) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Inspect what was asked for and print it."""
-    cases = select_cases(parsed.arch, parsed.kernel, parsed.phase)
+    cases = select_cases(parsed.arch, parsed.kernel, parsed.phase, parsed.kv_dtype, parsed.q_len)
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -77,19 +82,37 @@ def run(parsed: argparse.Namespace) -> int:
     return max((error.exit_code for _, error in failed), default=0)
 
 
-def select_cases(arch: str | None, kernel: str | None, phase: str | None) -> list[KernelCase]:
-    """Shipped cases that fit.
+def select_cases(
+    arch: str | None, kernel: str | None, phase: str | None, kv_dtype: str | None = None, q_len: int | None = None
+) -> list[KernelCase]:
+    """Shipped cases that fit; the last two choose among attention's, and nothing else then.
 
     Raises:
-        NoSuchKernelError: there is no such kernel, or nothing is shipped for that phase of it.
+        NoSuchKernelError: there is no such kernel, or nothing is shipped for that phase, dtype or length of it.
     """
     require_triton()
-    from step128_kernels.cases import SHAPES, all_cases
+    from step128_kernels import cases as nl4
+    from step128_kernels.attention import cases as attention
 
-    check_kernels([] if kernel is None else [kernel], SHAPES)
-    cases = [case for case in all_cases(arch, kernel) if phase in (None, case.phase)]
+    wanted = None if kernel is None else expanded([kernel])
+    if kv_dtype is not None or q_len is not None:
+        wanted = [name for name in wanted or attention.SHAPES if name in attention.SHAPES]
+        wanted = [name for name in wanted if kv_dtype is None or name == attention.KERNELS[kv_dtype]]
+    known = {**nl4.SHAPES, **attention.SHAPES}
+    check_kernels(wanted or [], known)
+    cases = [
+        case
+        for module in (nl4, attention)
+        for name in module.SHAPES
+        if wanted is None or name in wanted
+        for case in module.all_cases(arch, name)
+        if phase in (None, case.phase) and q_len in (None, case.shape.get("q_len"))
+    ]
     if not cases:
-        raise NoSuchKernelError(f"no configuration of {kernel or 'any kernel'} is for {phase or 'any phase'}.")
+        asked = [f"{kernel or 'any kernel'}", phase or "any phase"]
+        asked += [f"KV cache {kv_dtype}"] if kv_dtype else []
+        asked += [f"{q_len} query tokens"] if q_len else []
+        raise NoSuchKernelError(f"no configuration is shipped for {', '.join(asked)}.")
     return cases
 
 
@@ -109,7 +132,8 @@ def _print_tables(reports: Sequence[Report]) -> None:
             caption=f"config: {config}\n{mix}" if wide else mix,
             caption_justify="left",
         )
-        for heading in _wide_headings(shape) if wide else _narrow_headings(shape):
+        unit = chosen[0].case.unit
+        for heading in _wide_headings(shape, unit) if wide else _narrow_headings(shape, unit):
             table.add_column(heading, justify="left" if heading in (shape, "config") else "right", overflow="fold")
         for report in chosen:
             table.add_row(*(_wide_row(report) if wide else _narrow_row(report)))
@@ -133,9 +157,9 @@ def _columns() -> int | None:
     return None if sys.stdout.isatty() else _WIDE_COLUMNS
 
 
-def _narrow_headings(shape: str) -> tuple[str, ...]:
+def _narrow_headings(shape: str, unit: str) -> tuple[str, ...]:
     rows, _, rest = shape.partition("/")
-    return rows, rest or "shape", "VGPR", "waves/SIMD", "VALU/weight", "of card*"
+    return rows, rest or "shape", "VGPR", "waves/SIMD", f"VALU/{unit}", "of card*"
 
 
 def _narrow_row(report: Report) -> tuple[str, ...]:
@@ -150,10 +174,10 @@ def _narrow_row(report: Report) -> tuple[str, ...]:
     )
 
 
-def _wide_headings(shape: str) -> tuple[str, ...]:
+def _wide_headings(shape: str, unit: str) -> tuple[str, ...]:
     return (
-        *(shape, "config", "VGPR", "SGPR", "spills", "LDS", "waves/SIMD", "VALU/weight", "inst/B", "WMMA"),
-        *("weight loads", "bound GB/s*", "of card*"),
+        *(shape, "config", "VGPR", "SGPR", "spills", "LDS", "waves/SIMD", f"VALU/{unit}", "inst/B", "WMMA"),
+        *("groups", "loads", "bound GB/s*", "of card*"),
     )
 
 
@@ -171,6 +195,7 @@ def _wide_row(report: Report) -> tuple[str, ...]:
         f"{report.valu_per_weight:.2f}",
         f"{report.lane_inst_per_byte:.2f}",
         str(report.wmma),
+        str(report.workgroups),
         _weight_loads(report),
         f"{report.bound_bytes_per_second / 1e9:.0f}",
         f"{report.share_of_bandwidth:.0%}",
@@ -178,7 +203,9 @@ def _wide_row(report: Report) -> tuple[str, ...]:
 
 
 def _weight_loads(report: Report) -> str:
-    """Narrowest load of the weights: of ours their tiles, else the largest tensor."""
+    """Narrowest load of the weights: of ours their tiles, else the largest tensor; of attention that of the pages."""
+    if report.case.unit != "weight":
+        return f"KV b{min(report.load_bits.get('?', 0), report.load_bits.get('cache_ptr', 1 << 20))}"
     pointers = {name: one.size_bytes for launch in report.case.launches for name, one in launch.pointers.items()}
     weights = _OUR_WEIGHTS if _OUR_WEIGHTS in pointers else max(pointers, key=lambda name: pointers[name])
     bits = report.load_bits.get(weights)

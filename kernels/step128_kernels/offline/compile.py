@@ -161,9 +161,11 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     found = specialize(launch, arch)
-    source = ASTSource(launch.function, found.signature, found.constants, found.attributes)
+    language = GluonASTSource if launch.function.is_gluon() else ASTSource
+    source = language(launch.function, found.signature, found.constants, found.attributes)
     try:
         kernel = triton.compile(source, target=GPUTarget("hip", arch, WAVE_LANES), options=dict(found.options.__dict__))
     except Exception as error:  # Triton and LLVM raise a dozen types; each means the same to the reader

@@ -65,6 +65,11 @@ class Report:
         return max(one.sgprs for one in self.launches)
 
     @property
+    def workgroups(self) -> int:
+        """Work-groups of the largest launch."""
+        return max(one.workgroups for one in self.launches)
+
+    @property
     def spills(self) -> int:
         """Spilled registers, vector and scalar, of all launches."""
         return sum(one.vgpr_spills + one.sgpr_spills for one in self.launches)
@@ -86,12 +91,12 @@ class Report:
 
     @property
     def valu_per_weight(self) -> float:
-        """Lanes' vector instructions in the whole call per weight read."""
+        """Lanes' vector instructions in the whole call per weight read; of attention, per byte of the KV cache."""
         return sum(one.valu for one in self.launches) * WAVE_LANES / self.case.weights
 
     @property
     def lane_inst_per_byte(self) -> float:
-        """Lanes' instructions of every kind in the whole call per byte of weights and scales."""
+        """Lanes' instructions of every kind in the whole call per byte of weights and scales, or of the KV cache."""
         return sum(one.instructions for one in self.launches) * WAVE_LANES / self.case.memory_bytes
 
     @property
@@ -204,8 +209,10 @@ def case_title(case: KernelCase) -> str:
 def report_json(report: Report) -> dict[str, Any]:
     """One JSON object for a report; which figures are modelled is said in "modelled"."""
     case = report.case
+    attention = {"kv_dtype": case.kernel.removeprefix("attention_")} if case.kernel.startswith("attention_") else {}
     return {
         "kernel": case.kernel,
+        **attention,
         "phase": case.phase,
         "arch": case.arch,
         "device": DEVICES[case.arch].name,
@@ -220,6 +227,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "workgroups": sum(one.workgroups for one in report.launches),
         "waves": sum(one.waves for one in report.launches),
         "weights": case.weights,
+        "unit": case.unit,
         "memory_bytes": case.memory_bytes,
         "valu_per_weight": report.valu_per_weight,
         "lane_inst_per_byte": report.lane_inst_per_byte,

@@ -6,6 +6,7 @@ set of launch coordinates it was computed from, so that programs which cannot di
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class Memory:
                 self._names[number] = name
                 self._segment[offset : offset + 8] = (number << _SEGMENT_SHIFT).to_bytes(8, "little")
             else:
-                self._segment[offset : offset + 4] = (launch.scalars[name] & FULL).to_bytes(4, "little")
+                self._segment[offset : offset + 4] = _argument(launch.scalars[name])
 
     def pointer(self, address: int) -> str | None:
         """Name of the pointer argument that an address was made from."""
@@ -136,6 +137,11 @@ class Memory:
         if offset // size >= len(hint):
             raise CountingError(f"element {offset // size} of {name} is loaded; {len(hint)} are given in Launch.loads")
         return hint[offset // size] >> 8 * (offset % size) & 0xFF
+
+
+def _argument(value: int | float) -> bytes:
+    """32 bits of a run-time argument."""
+    return struct.pack("<f", value) if isinstance(value, float) else (value & FULL).to_bytes(4, "little")
 
 
 def _words(content: bytes) -> list[Value]:

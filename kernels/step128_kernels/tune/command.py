@@ -46,6 +46,9 @@ def add_parser(commands: Any, epilog: str) -> None:
     )
     parser.add_argument("--kernel", action="append", metavar="NAME", help="tune this kernel; default: all")
     parser.add_argument(
+        "--attention", action="store_true", help="tune attention: --kernel attention_fp8, attention_bf16"
+    )
+    parser.add_argument(
         "--shape", action="append", type=parsed_shape, metavar="N=…,K=…", help="tune this shape; default: all we ship"
     )
     parser.add_argument(

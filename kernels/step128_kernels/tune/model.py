@@ -11,21 +11,25 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from step128_kernels.errors import KernelToolError, ToolEnvironmentError
+from step128_kernels.offline.cost import DEVICES
 from step128_kernels.tune.journal import Outcome
 from step128_kernels.tune.search import Candidate, Judge
 from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 METHOD = (
     "by the cost model over compiled code (step128-kernels inspect), least of the root of squares of issuing, waiting "
-    "for memory and moving the weights, among candidates with no spills, those that meet the gates of their phase "
-    "first; for vllm_fused_moe, least of issuing or moving the weights, whichever is longer, its own default winning "
-    "ties"
+    "for memory and moving the weights or the KV cache, among candidates with no spills, those that meet the gates of "
+    "their phase first; for vllm_fused_moe, least of issuing or moving the weights, whichever is longer, its own "
+    "default winning ties"
 )
 
 _LEAST_DECODE_WAVES_PER_SIMD = 8
 _LEAST_WEIGHT_LOAD_BITS = 128
 # Vector operations per weight that a decode kernel may take, up to that many rows.
 _MOST_DECODE_VALU_PER_WEIGHT = {1: 4.0, 4: 6.0, 8: 8.0}
+# Work-groups of attention at one sequence, per compute unit, from this context on: what splitting the keys is for.
+_LEAST_WORKGROUPS_PER_UNIT = 2
+_DEEP_CONTEXT = 65536
 
 
 class Report(Protocol):
@@ -45,6 +49,8 @@ class Report(Protocol):
     def ranking_seconds(self) -> float: ...  # noqa: D102
     @property
     def load_bits(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def workgroups(self) -> int: ...  # noqa: D102
 
 
 def outcome_of(report: Report, candidate: Candidate) -> Outcome:
@@ -57,6 +63,8 @@ def outcome_of(report: Report, candidate: Candidate) -> Outcome:
 def _missed_gate(report: Report, candidate: Candidate) -> str | None:
     if candidate.target.kernel == VLLM_FUSED_MOE:
         return None  # the other gates are for kernels of our own
+    if candidate.target.kernel.startswith("attention_"):
+        return _missed_attention_gate(report, candidate)
     load_bits = report.load_bits.get("tiles_ptr")
     if load_bits is None:  # tensors of 2 GiB and more are addressed in ways that cannot be followed to their argument
         return "the width of weight loads could not be told"
@@ -69,6 +77,16 @@ def _missed_gate(report: Report, candidate: Candidate) -> str | None:
     limit = next((most for upto, most in _MOST_DECODE_VALU_PER_WEIGHT.items() if candidate.rows <= upto), None)
     if limit is not None and report.valu_per_weight > limit:
         return f"more than {limit:g} vector operations per weight"
+    return None
+
+
+def _missed_attention_gate(report: Report, candidate: Candidate) -> str | None:
+    if not report.wmma:
+        return "no WMMA"
+    shape, units = candidate.target.shape, DEVICES[candidate.target.arch].compute_units
+    deep = candidate.config["phase"] == "decode" and not shape["W"] and shape["C"] >= _DEEP_CONTEXT
+    if deep and report.workgroups < _LEAST_WORKGROUPS_PER_UNIT * units:
+        return f"fewer than {_LEAST_WORKGROUPS_PER_UNIT} work-groups for each compute unit"
     return None
 
 

@@ -12,7 +12,7 @@ from step128_kernels.errors import KernelToolError
 from step128_kernels.gpu import Gpu
 from step128_kernels.tune.search import Shape, Target
 from step128_kernels.tuned.load import CONFIGS_DIR_VARIABLE, TUNED_DIR_VARIABLE, shipped_folder
-from step128_kernels.tuned.names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, spellings
+from step128_kernels.tuned.names import DEVICE_OF_ARCH, SUPPORTED_ARCHS, expanded, spellings
 
 # Dimensions that some weight is summed over: whole groups of weights share a scale along them.
 _GROUPED = {"nl4_gemm": ("K",), "nl4_moe": ("K", "N")}
@@ -76,7 +76,8 @@ def plan(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]], gpu
 
 
 def _kernels(options: argparse.Namespace, shapes: Mapping[str, Sequence[Shape]]) -> list[str]:
-    kernels = list(dict.fromkeys(options.kernel or shapes))
+    wanted = [*(options.kernel or ()), *(("attention",) if options.attention else ())]
+    kernels = list(dict.fromkeys(expanded(wanted) or shapes))
     check_kernels(kernels, shapes)
     if options.shape and len(kernels) != 1:
         raise UsageError("--shape needs one --kernel, whose shape it is.")
@@ -101,9 +102,17 @@ def check_shape(kernel: str, shape: Shape) -> None:
         shape: all dimensions that the kernel is tuned by, each above 0.
 
     Raises:
-        UsageError: if it is cut off within a group of weights, or chooses more experts than there are.
+        UsageError: if it is cut off within a group of weights, chooses more experts than there are, or has heads that
+            the attention kernels do not serve.
 
     """
+    if kernel.startswith("attention_"):
+        from step128_kernels.attention.configs import shape_of  # loads torch
+
+        try:
+            shape_of(shape, kernel)
+        except ValueError as error:
+            raise UsageError(f"--shape: {error}.") from error
     for name in _GROUPED.get(kernel, ()):
         if shape[name] % GROUP_SIZE:
             raise UsageError(
@@ -157,7 +166,8 @@ def parsed_shape(text: str) -> dict[str, int]:
     shape: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if not name or name in shape or not (size.isascii() and size.isdecimal()) or int(size) == 0:
+        is_number = size.isascii() and size.isdecimal() and (int(size) > 0 or name == "W")  # W=0: no window
+        if not name or name in shape or not is_number:
             raise argparse.ArgumentTypeError(f"{text!r} is no shape; one looks like N=2560,K=4096")
         shape[name] = int(size)
     return shape

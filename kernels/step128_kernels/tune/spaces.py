@@ -11,12 +11,15 @@ from step128_kernels.tune.search import Shape, Space
 from step128_kernels.tuned.names import VLLM_FUSED_MOE
 
 _OURS = "step128_kernels.cases"
+_ATTENTION = "step128_kernels.attention.cases"
 _INSPECT = "step128_kernels.offline.inspect"
 _VLLMS = "step128_kernels.vllm_plugin.fused_moe_tuning"
 
 
 def space_of(kernel: str) -> Space:
     """Return the module with the candidates of a kernel; it loads torch and Triton, or vLLM."""
+    if kernel.startswith("attention_"):
+        return cast(Space, import_module(_ATTENTION))
     return cast(Space, import_module(_VLLMS if kernel == VLLM_FUSED_MOE else _OURS))
 
 
@@ -28,7 +31,7 @@ def inspector_of(kernel: str) -> Callable[[KernelCase], Report]:
 
 def shipped_shapes() -> Mapping[str, Sequence[Shape]]:
     """Return the shapes that we ship configurations for, by kernel; vLLM's kernel is among them if vLLM is here."""
-    shapes = dict(space_of("").SHAPES)
+    shapes = dict(space_of("").SHAPES) | dict(import_module(_ATTENTION).SHAPES)
     if find_spec("vllm") is not None:
         shapes |= space_of(VLLM_FUSED_MOE).SHAPES
     return shapes

@@ -202,4 +202,5 @@ def _nearest_shape(
 
 
 def _distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
-    return sum(abs(math.log2(one[name] / other[name])) for name in sorted(one))
+    # A window of 0 means none; no other dimension is 0.
+    return sum(abs(math.log2(max(one[name], 1) / max(other[name], 1))) for name in sorted(one))

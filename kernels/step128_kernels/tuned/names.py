@@ -31,6 +31,8 @@ VLLM_FUSED_MOE = "vllm_fused_moe"
 _GRAMMARS = {
     "nl4_gemm": _Grammar(("N", "K"), "nl4"),
     "nl4_moe": _Grammar(("E", "N"), "nl4"),
+    "attention_fp8": _Grammar(("Hq", "Hkv", "D", "W", "C"), "fp8"),
+    "attention_bf16": _Grammar(("Hq", "Hkv", "D", "W", "C"), "bf16"),
     VLLM_FUSED_MOE: _Grammar(("E", "N"), None),
 }
 
@@ -38,7 +40,8 @@ _GRAMMARS = {
 def file_name(kernel: str, shape: Mapping[str, int], device_name: str) -> str:
     """Return the name in vLLM's grammar: `E=240,N=320,device_name=AMD_Radeon_R9700,dtype=nl4.json` for `nl4_moe`.
 
-    As vLLM counts them: E is the number of experts on this rank, N of experts their intermediate size on this rank.
+    As vLLM counts them: E is the number of experts on this rank, N of experts their intermediate size on this rank. Of
+    attention: query heads and KV heads on this rank, head size, window (0: none) and context.
 
     Raises:
         ValueError: for a kernel without a grammar, or a shape without a dimension that the name holds.
@@ -93,6 +96,12 @@ def _grammar(kernel: str) -> _Grammar:
     if kernel not in _GRAMMARS:
         raise ValueError(f"No kernel {kernel!r} has tuned configurations; known are {', '.join(_GRAMMARS)}.")
     return _GRAMMARS[kernel]
+
+
+def expanded(kernels: list[str]) -> list[str]:
+    """Kernel names as given, with "attention" for the kernels of every KV-cache dtype."""
+    attention = [name for name in _GRAMMARS if name.startswith("attention_")]
+    return [one for name in kernels for one in (attention if name == "attention" else [name])]
 
 
 def _dtype_part(grammar: _Grammar) -> str:

@@ -107,8 +107,8 @@ def _check_identity(path: Path, document: dict[str, Any], kernel: str) -> None:
     if document["kernel"] != kernel:
         raise TuningFileError(f"{path}: kernel is {document['kernel']!r}, and its name is one of {kernel!r}.")
     shape = document["shape"]
-    if not isinstance(shape, dict) or not all(_is_whole(size) and size > 0 for size in shape.values()):
-        raise TuningFileError(f"{path}: shape must give whole numbers above 0, it is {shape!r}.")
+    if not isinstance(shape, dict) or not all(_is_size(name, size) for name, size in shape.items()):
+        raise TuningFileError(f"{path}: shape must give whole numbers above 0 (W may be 0), it is {shape!r}.")
     parsed = parse_file_name(kernel, path.name)
     if parsed is None:
         raise TuningFileError(f"{path}: this is no file name of {kernel}.")
@@ -155,6 +155,10 @@ def _check_config_keys(place: str, kernel: str, config: Config, keys: PhaseKeys)
         )
     for key in sorted(wanted - config.keys()):
         raise TuningFileError(f"{place}.{key} is missing; a {phase} configuration of {kernel} needs it.")
+
+
+def _is_size(name: str, value: Any) -> bool:
+    return _is_whole(value) and value >= (0 if name == "W" else 1)
 
 
 def _is_whole(value: Any) -> bool:

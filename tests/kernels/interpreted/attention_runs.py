@@ -136,7 +136,7 @@ def launched(batch: Batch, config: dict[str, Any], prefill: dict[str, Any], targ
     out = torch.full_like(batch.query, float("nan"))
     rows = len(batch.lengths) * min(tokens, 8) * shape.heads * config["SPLITS"]
     tensors = {
-        "query_ptr": batch.query,
+        "query_ptr": batch.query.view(torch.int32) if shape.kv_dtype == "fp8" else batch.query,
         "cache_ptr": batch.cache.view(torch.int16) if shape.kv_dtype == "fp8" else batch.cache,
         "table_ptr": batch.table,
         "lengths_ptr": batch.lengths,

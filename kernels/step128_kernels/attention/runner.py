@@ -1,0 +1,124 @@
+"""Calls of the attention kernels on a made-up paged cache, each with a float32 reference, to compare and to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from step128_kernels.attention.launches import decode_launches, prefill_launches, target_of
+from step128_kernels.attention.limits import MOST_DECODE_TOKENS, scratch_elements
+from step128_kernels.attention.reference import paged_attention_reference
+from step128_kernels.attention.shape import AttentionCall
+from step128_kernels.device import gpu_identity
+from step128_kernels.nl4_arguments import DTYPES
+from step128_kernels.run_launch import run
+
+Call = Callable[[], torch.Tensor]
+
+_SEED = 128
+K_SCALE, V_SCALE = 0.02, 0.03
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's tensors for a batch, pages in random order."""
+
+    query: torch.Tensor
+    cache: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+
+
+@lru_cache(maxsize=1)
+def made_up_inputs(call: AttentionCall, device: torch.device) -> Inputs:
+    """Random queries and a random cache, in page order as any bytes are; no NaN among them."""
+    shape = call.shape
+    generator = torch.Generator(device).manual_seed(_SEED)
+    pages = -(-call.context_tokens // shape.page)
+    size = call.sequences * pages, shape.kv_heads, shape.page, 2 * shape.head_dim
+    if shape.kv_dtype == "fp8":
+        code = torch.empty(size, dtype=torch.uint8, device=device).random_(generator=generator)
+        cache = torch.where((code & 0x7F) == 0x7F, 0, code).to(torch.uint8).view(torch.float8_e4m3fn)
+    else:
+        cache = torch.empty(size, dtype=DTYPES[shape.kv_dtype], device=device).normal_(generator=generator)
+    order = torch.randperm(size[0], generator=generator, device=device, dtype=torch.int32)
+    rows = call.sequences * call.query_tokens
+    return Inputs(
+        torch.empty(rows, shape.heads, shape.head_dim, dtype=DTYPES[shape.element], device=device).normal_(
+            generator=generator
+        ),
+        cache,
+        order.view(call.sequences, pages),
+        torch.full((call.sequences,), call.context_tokens, dtype=torch.int32, device=device),
+        torch.arange(0, rows + 1, call.query_tokens, dtype=torch.int32, device=device),
+        torch.tensor(K_SCALE, device=device),
+        torch.tensor(V_SCALE, device=device),
+    )
+
+
+def attention_runner(call: AttentionCall, config: Mapping[str, int | str], device: str = "cuda") -> tuple[Call, Call]:
+    """The call with a config, and the reference's.
+
+    Args:
+        call: what is asked for.
+        config: of the call's phase.
+        device: "cuda" for any GPU; "cpu" under Triton's interpreter, for tiny sizes.
+
+    Returns:
+        ``(kernel, reference)``, each giving ``[sequences * query_tokens, heads, head_dim]``, the reference's in
+        float32.
+    """
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    inputs, shape = made_up_inputs(call, place), call.shape
+    make = prefill_launches if call.query_tokens > MOST_DECODE_TOKENS else decode_launches
+    launches = [
+        replace(
+            one,
+            scalars={**one.scalars, "table_stride": inputs.table.stride(0)} if "scale" in one.scalars else one.scalars,
+        )
+        for one in make(call, config, target_of(gpu_identity(place)[1]))
+    ]
+    out = torch.empty_like(inputs.query)
+    scratch = torch.empty(scratch_elements(shape.heads, shape.head_dim), dtype=torch.float32, device=place)
+    fp8 = shape.kv_dtype == "fp8"
+    tensors = {
+        "query_ptr": inputs.query.view(torch.int32) if fp8 else inputs.query,
+        "cache_ptr": inputs.cache.view(torch.int16) if fp8 else inputs.cache,
+        "table_ptr": inputs.table,
+        "lengths_ptr": inputs.lengths,
+        "starts_ptr": inputs.starts,
+        "k_scale_ptr": inputs.k_scale,
+        "v_scale_ptr": inputs.v_scale,
+        "out_ptr": out,
+        "partial_ptr": scratch,
+        "mass_ptr": scratch[scratch.numel() // (shape.head_dim + 1) * shape.head_dim :],
+    }
+
+    def kernel() -> torch.Tensor:
+        for launch in launches:
+            run(launch, {name: tensors[name] for name in launch.pointers})
+        return out
+
+    def reference() -> torch.Tensor:
+        right = torch.empty(inputs.query.shape, dtype=torch.float32, device=place)
+        paged_attention_reference(
+            inputs.query,
+            inputs.cache,
+            inputs.table,
+            inputs.lengths,
+            inputs.starts,
+            scale=shape.head_dim**-0.5,
+            window=shape.window,
+            k_scale=inputs.k_scale,
+            v_scale=inputs.v_scale,
+            out=right,
+        )
+        return right
+
+    return kernel, reference
