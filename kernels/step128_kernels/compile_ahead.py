@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 
+from step128_kernels.attention.launches import update_launch
+from step128_kernels.attention.limits import MOST_DECODE_TOKENS
+from step128_kernels.attention.shape import AttentionCall, AttentionShape
+from step128_kernels.attention.triton_attention import call_launches
 from step128_kernels.launch import Launch, Pointer
 from step128_kernels.nl4_arguments import DTYPES, ELEMENTS
 from step128_kernels.nl4_gemm.configs import gemm_table
@@ -35,7 +39,7 @@ MOST_ROWS = 16384
 
 # A child of vLLM's logger, which is the one that a server prints.
 _log = logging.getLogger("vllm.step128.compile_ahead")
-_DTYPES = DTYPES | {"i32": torch.int32, "i64": torch.int64}
+_DTYPES = DTYPES | {"i16": torch.int16, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
 _known: set[int] = set()  # compiled kernels by identity; Triton keeps them for good
 
 
@@ -87,6 +91,37 @@ def compile_experts(shape: MoeShape, limit: float | None, dtype: torch.dtype, de
 
     sizes = f"E={shape.experts} N={shape.intermediate} K={shape.hidden} top_k={shape.top_k}"
     return _compile(f"nl4_moe {sizes} limit={limit} {dtype}", launches())
+
+
+@cache
+def compile_attention(
+    shape: AttentionShape,
+    most_sequences: int,
+    query_tokens: tuple[int, ...],
+    most_context_tokens: int,
+    device: torch.device,
+) -> int:
+    """Compile all variants of attention with one kind of layer, a prefill's among them.
+
+    Args:
+        shape: of the layer.
+        most_sequences: of a batch.
+        query_tokens: of a sequence, in decodes and verifications.
+        most_context_tokens: of a sequence.
+        device: as in :func:`compile_linear`.
+
+    Returns:
+        As :func:`compile_linear`.
+    """
+
+    def launches() -> Iterator[Launch]:
+        for sequences in {*(1 << power for power in range(most_sequences.bit_length())), most_sequences}:
+            for tokens in (*query_tokens, MOST_DECODE_TOKENS + 1):
+                for context in (1 << power for power in range((most_context_tokens - 1).bit_length() + 1)):
+                    yield from call_launches(AttentionCall(shape, sequences, tokens, max(context, tokens)), device)
+        yield update_launch(1, shape)
+
+    return _compile(f"attention {shape}", launches())
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> tuple[str, bool]:

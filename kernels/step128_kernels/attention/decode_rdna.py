@@ -155,7 +155,7 @@ def _tile(
     return first_total, second_total, new_top, mass
 
 
-@gluon.jit(do_not_specialize=["splits", "least_tiles", "most_query_tokens", "table_stride"])
+@gluon.jit(do_not_specialize=["splits", "least_tiles", "most_query_tokens", "table_stride", "heads"])
 def attention_decode_kernel(
     query_ptr,
     cache_ptr,
@@ -172,10 +172,10 @@ def attention_decode_kernel(
     block_stride,
     head_stride,
     table_stride,
+    heads,
     splits,
     least_tiles,
     most_query_tokens,
-    HEADS: gl.constexpr,
     GQA: gl.constexpr,
     D: gl.constexpr,
     PAGE: gl.constexpr,
@@ -191,15 +191,15 @@ def attention_decode_kernel(
     Grid: row tiles, KV heads x splits, sequences. Sequences with more than ``most_query_tokens`` are left to prefill.
 
     Args:
-        query_ptr: ``[tokens, HEADS, D]``; with FP8 int32 words of two elements. ``query_stride`` a token.
+        query_ptr: ``[tokens, heads, D]``; with FP8 int32 words of two elements. ``query_stride`` a token.
         cache_ptr: int16 for FP8 (two values a word), else the cache's type; page order.
         table_ptr: int32 pages by sequence, ``table_stride`` a row.
         lengths_ptr: int32, keys of each sequence.
         starts_ptr: int32, first token of each sequence, and the end.
         k_scale_ptr, v_scale_ptr: float32 scalars; not read without FP8.
-        out_ptr: ``[tokens, HEADS, D]``; written if DIRECT, which needs one split.
-        partial_ptr: float32 ``[sequences, most_query_tokens, HEADS, splits, D]``: normalized within the split.
-        mass_ptr: float32 ``[sequences, most_query_tokens, HEADS, splits]``: log2 of the split's sum of exponentials.
+        out_ptr: ``[tokens, heads, D]``; written if DIRECT, which needs one split.
+        partial_ptr: float32 ``[sequences, most_query_tokens, heads, splits, D]``: normalized within the split.
+        mass_ptr: float32 ``[sequences, most_query_tokens, heads, splits]``: log2 of the split's sum of exponentials.
         scale: of the scores.
         query_stride, block_stride, head_stride, table_stride: in elements of their tensor; of the cache in its words.
     """
@@ -227,7 +227,7 @@ def attention_decode_kernel(
     out_token = out_row // GQA
     out_head = head * GQA + out_row % GQA
     is_row = out_token < query_tokens
-    slot = ((sequence * most_query_tokens + out_token) * HEADS + out_head) * splits + split
+    slot = ((sequence * most_query_tokens + out_token) * heads + out_head) * splits + split
     if begin >= end:
         gl.store(mass_ptr + slot, gl.full([ROWS], float("-inf"), gl.float32, layout=slot.type.layout), mask=is_row)
         return
@@ -290,7 +290,7 @@ def attention_decode_kernel(
     share = gl.where(mass > 0, v_scale / mass, 0.0)[:, None]
     dim = gl.arange(0, D // 2, layout=gl.SliceLayout(0, scores))
     if DIRECT:
-        offsets = (((start + out_token) * HEADS + out_head) * D)[:, None] + dim[None, :]
+        offsets = (((start + out_token) * heads + out_head) * D)[:, None] + dim[None, :]
         gl.store(
             out_ptr + offsets,
             to_element(first_total * share, ELEMENT, True),

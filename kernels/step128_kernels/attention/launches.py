@@ -101,9 +101,8 @@ def _reduce_launch(call: AttentionCall, partial: Mapping[str, Pointer], rows: in
         name="attention_reduce",
         function=attention_reduce_kernel,
         pointers={**partial, **{name: _pointers(call)[name] for name in ("starts_ptr", "out_ptr")}},
-        scalars={"splits": splits, "most_query_tokens": decode_tokens(call)},
+        scalars={"splits": splits, "most_query_tokens": decode_tokens(call), "heads": shape.heads},
         constants={
-            "HEADS": shape.heads,
             "D": shape.head_dim,
             "BLOCK_D": block_d,
             "BLOCK_SPLITS": block_splits,
@@ -180,7 +179,6 @@ def update_launch(tokens: int, shape: AttentionShape) -> Launch:
 
 def _constants(shape: AttentionShape, block_n: int) -> dict[str, object]:
     return {
-        "HEADS": shape.heads,
         "GQA": shape.gqa_ratio,
         "D": shape.head_dim,
         "PAGE": shape.page,
@@ -219,4 +217,5 @@ def _strides(call: AttentionCall) -> dict[str, int | float]:
         "block_stride": page_words * shape.kv_heads,
         "head_stride": page_words,
         "table_stride": -(-call.context_tokens // shape.page),
+        "heads": shape.heads,
     }

@@ -156,7 +156,7 @@ def _tile(
 
 
 @triton.jit(
-    do_not_specialize=["splits", "least_tiles", "least_query_tokens", "most_query_tokens", "table_stride"],
+    do_not_specialize=["splits", "least_tiles", "least_query_tokens", "most_query_tokens", "table_stride", "heads"],
 )
 def attention_paged_kernel(
     query_ptr,
@@ -174,11 +174,11 @@ def attention_paged_kernel(
     block_stride,
     head_stride,
     table_stride,
+    heads,
     splits,
     least_tiles,
     least_query_tokens,
     most_query_tokens,
-    HEADS: tl.constexpr,
     GQA: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -211,7 +211,7 @@ def attention_paged_kernel(
     token = row // GQA
     query_head = head * GQA + row % GQA
     is_row = token < query_tokens
-    slot = ((sequence * most_query_tokens + token) * HEADS + query_head) * splits + split
+    slot = ((sequence * most_query_tokens + token) * heads + query_head) * splits + split
     if begin >= end:
         tl.store(mass_ptr + slot, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=is_row)
         return
@@ -265,7 +265,7 @@ def attention_paged_kernel(
     share = tl.where(mass > 0, v_scale / mass, 0.0)[:, None]
     mask = is_row[:, None] & (half_dim >= 0)[None, :]
     if DIRECT:
-        offsets = (((start + token).to(tl.int64) * HEADS + query_head) * D)[:, None] + half_dim[None, :]
+        offsets = (((start + token).to(tl.int64) * heads + query_head) * D)[:, None] + half_dim[None, :]
         amd: tl.constexpr = TARGET != "portable"
         tl.store(out_ptr + offsets, to_element(first_total * share, ELEMENT, amd), mask=mask)
         tl.store(out_ptr + (offsets + D // 2), to_element(second_total * share, ELEMENT, amd), mask=mask)

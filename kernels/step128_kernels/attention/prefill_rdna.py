@@ -123,7 +123,7 @@ def _see(key, position, WINDOW: gl.constexpr):
     return see
 
 
-@gluon.jit(do_not_specialize=["least_query_tokens", "table_stride"])
+@gluon.jit(do_not_specialize=["least_query_tokens", "table_stride", "heads"])
 def attention_prefill_kernel(
     query_ptr,
     cache_ptr,
@@ -138,8 +138,8 @@ def attention_prefill_kernel(
     block_stride,
     head_stride,
     table_stride,
+    heads,
     least_query_tokens,
-    HEADS: gl.constexpr,
     GQA: gl.constexpr,
     D: gl.constexpr,
     PAGE: gl.constexpr,
@@ -280,7 +280,7 @@ def attention_prefill_kernel(
 
     share = gl.where(mass > 0, v_scale / mass, 0.0)[:, None]
     dim = gl.arange(0, D // 2, layout=gl.SliceLayout(0, scores))
-    offsets = (((start + out_token).to(gl.int64) * HEADS + head * GQA + out_row % GQA) * D)[:, None] + dim[None, :]
+    offsets = (((start + out_token).to(gl.int64) * heads + head * GQA + out_row % GQA) * D)[:, None] + dim[None, :]
     mask = (out_token < query_tokens)[:, None] & (dim >= 0)[None, :]
     gl.store(out_ptr + offsets, to_element(first_total * share, ELEMENT, True), mask=mask)
     gl.store(out_ptr + (offsets + D // 2), to_element(second_total * share, ELEMENT, True), mask=mask)

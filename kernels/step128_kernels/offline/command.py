@@ -93,11 +93,12 @@ def select_cases(
     require_triton()
     from step128_kernels import cases as nl4
     from step128_kernels.attention import cases as attention
+    from step128_kernels.attention.configs import KERNELS
 
     wanted = None if kernel is None else expanded([kernel])
     if kv_dtype is not None or q_len is not None:
         wanted = [name for name in wanted or attention.SHAPES if name in attention.SHAPES]
-        wanted = [name for name in wanted if kv_dtype is None or name == attention.KERNELS[kv_dtype]]
+        wanted = [name for name in wanted if kv_dtype is None or name == KERNELS[kv_dtype]]
     known = {**nl4.SHAPES, **attention.SHAPES}
     check_kernels(wanted or [], known)
     cases = [

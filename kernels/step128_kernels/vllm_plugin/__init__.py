@@ -16,13 +16,16 @@ _MODEL_CLASSES = {
 
 
 def register() -> None:
-    """Register the ``nl4`` quantization, the ``step128`` load format, the Step-3.7 classes and the config class."""
+    """Register the ``nl4`` quantization, the ``step128`` load format, the attention backend, the Step-3.7 classes and
+    the config class.
+    """
 
     from vllm import ModelRegistry
 
     # Importing these two registers: their decorators fill vLLM's registries, once a process.
-    from step128_kernels.vllm_plugin import hf_config, loader, quantization  # noqa: F401
+    from step128_kernels.vllm_plugin import attention, hf_config, loader, quantization  # noqa: F401
 
+    attention.register()
     hf_config.register()
     for architecture, location in _MODEL_CLASSES.items():
         ModelRegistry.register_model(architecture, location)

@@ -13,6 +13,7 @@ import builtins
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache, partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ _ELEMENTS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.uint8: "u8",
 }
@@ -123,7 +125,8 @@ class Recorder:
     def _launch(self, grid: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Launch:
         parameters = inspect.signature(self._kernel.fn).parameters
         options = {name: keywords.pop(name, default) for name, default in _default_options().items()}
-        given = dict(zip(parameters, arguments, strict=False)) | keywords
+        left_out = {name: one.default for name, one in parameters.items() if one.default is not inspect.Parameter.empty}
+        given = left_out | dict(zip(parameters, arguments, strict=False)) | keywords
         compile_time = {name for name, one in parameters.items() if "constexpr" in str(one.annotation)}
         tensors = {name: one for name, one in given.items() if isinstance(one, torch.Tensor)}
         constants = {name: one for name, one in given.items() if one is None or name in compile_time}
@@ -134,8 +137,12 @@ class Recorder:
             pointers={
                 name: Pointer(_ELEMENTS[one.dtype], one.numel() * one.element_size()) for name, one in tensors.items()
             },
-            scalars={name: int(one) for name, one in given.items() if name not in {*tensors, *constants}},
-            constants=constants,
+            scalars={
+                name: one if isinstance(one, float) else int(one)
+                for name, one in given.items()
+                if name not in {*tensors, *constants}
+            },
+            constants={name: int(one) if isinstance(one, IntEnum) else one for name, one in constants.items()},
             grid=(*sizes, 1, 1)[:3],
             loads=self._loads,
             **options,
@@ -146,4 +153,4 @@ def _default_options() -> dict[str, int]:
     """What Triton's AMD backend takes where the launch names nothing."""
     from triton.backends.amd.compiler import HIPOptions
 
-    return {"num_warps": int(HIPOptions.num_warps), "num_stages": int(HIPOptions.num_stages)}
+    return {"num_warps": int(HIPOptions.num_warps), "num_stages": int(HIPOptions.num_stages), "waves_per_eu": 0}

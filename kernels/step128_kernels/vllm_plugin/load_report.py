@@ -17,6 +17,7 @@ import torch
 import vllm
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from step128_kernels.vllm_plugin.attention import attention_in_use
 from step128_kernels.vllm_plugin.components import component_of_module
 from step128_kernels.vllm_plugin.kernel_layout import weight_order, weight_path
 from step128_kernels.vllm_plugin.kv_scales import scales_in_effect
@@ -81,6 +82,7 @@ def build(model: torch.nn.Module, vllm_config: Any, role: str, load_seconds: flo
         "policy": nl4.policy if nl4 else None,
         **weights_in_use(model),
         "quantized_modules": quantized_modules(model),
+        **attention_in_use(model),
         "kv_cache_dtype": vllm_config.cache_config.cache_dtype,
         "kv_scales": scales_in_effect(model),
         "load_seconds": round(load_seconds, 3),
