@@ -167,12 +167,12 @@ def test_settings_have_vllm_s_names(run: Run) -> None:
 
 ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-name step-3.7-flash-240
     --host 127.0.0.1 --port 8000 --load-format step128 --dtype bfloat16 --max-model-len 204800 --block-size 16
-    --kv-cache-dtype fp8 --gpu-memory-utilization 0.91 --kv-cache-memory-bytes 1471315968
+    --kv-cache-dtype fp8 --gpu-memory-utilization 0.91 --kv-cache-memory-bytes 1505525760
     --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4
     --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
     --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
     --middleware step128_launcher.middleware.RequireApiKey
-    --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' --attention-backend TRITON_ATTN
+    --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' --attention-backend CUSTOM
     --disable-cascade-attn --mm-encoder-attn-backend=TRITON_ATTN --disable-custom-all-reduce"""
 ENVIRONMENT = {
     "STEP128_LOAD_REPORT_DIR": "STATE/load-reports",
@@ -249,7 +249,7 @@ CODES: list[tuple[list[str], str, int, str]] = [
     (["--tensor-parallel-size", "3"], "quad-r9700", 2, "do not divide"),
     (["--max-model-len", "262145"], "quad-r9700", 2, "above the model's own maximum"),
     (["--num-speculative-tokens", "4"], "quad-r9700", 2, "invalid choice"),
-    (["--attention-backend", "FLASH_ATTN"], "quad-r9700", 2, "known there: TRITON_ATTN, ROCM_ATTN"),
+    (["--attention-backend", "FLASH_ATTN"], "quad-r9700", 2, "known there: CUSTOM, TRITON_ATTN, ROCM_ATTN"),
     (["--block-size", "8"], "quad-r9700", 2, "multiple of 16"),
     (["--acceptance", "0.9,1.1"], "quad-r9700", 2, "from 0 to 1"),
     (["--acceptance", "nan"], "quad-r9700", 2, "from 0 to 1"),
@@ -281,4 +281,4 @@ def test_models_that_are_not_there_or_broken(run: Run, tmp_path: Path) -> None:
 
 def test_a_plan_for_a_gpu_says_that_our_kernels_were_not_measured_there(run: Run) -> None:
     warnings = json.loads(run(str(REAL_MODEL), "--json")[1])["warnings"]
-    assert [text for text in warnings if "NL4 kernels have not run on gfx1201 here" in text]
+    assert [text for text in warnings if "NL4 and attention kernels have not run on gfx1201 here" in text]

@@ -137,7 +137,7 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "unknown backend": (
         _set("vllm", "attention_backends", value=[{"name": "TRITON_ATN"}]),
-        "vllm.attention_backends needs a list, each entry with a name that is one of FLASH_ATTN",
+        "vllm.attention_backends needs a list, each entry with a name that is one of CUSTOM, FLASH_ATTN",
     ),
     "text for a number": (_set("limits", "max_num_seqs", value="many"), "limits.max_num_seqs needs a whole number"),
     "flag for a number": (_set("limits", "max_num_seqs", value=True), "limits.max_num_seqs needs a whole number"),

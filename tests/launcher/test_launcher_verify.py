@@ -50,6 +50,8 @@ def good(plan: Plan, footprint: ModelFootprint) -> Observation:
             policy="all-linears",
             weight_path="torch",
             weight_order="checkpoint",
+            attention_backend="CPU_ATTN",
+            attention_path=None,
             quantized_modules={part.name: 1 for part in footprint.components if part.quantized and part.draft == draft},
             kv_cache_dtype="fp8",
             kv_scales={layer: (pair.k, pair.v) for layer, pair in (footprint.kv_scales or {}).items()},
@@ -196,6 +198,33 @@ def test_on_a_gpu_only_our_kernels_may_compute(
     assert wrong.outcome is Outcome.FAIL
     assert f"path {path}, order {order}; expected path triton, order kernel." in wrong.detail
     assert "memory that the plan does not count" in wrong.detail
+
+
+def attention_check(plan: Plan, footprint: ModelFootprint, seen: Observation) -> Check:
+    return next(check for check in verify(plan, footprint, "m", seen) if check.name == "attention")
+
+
+@pytest.mark.parametrize("change", [_target, _draft])
+def test_the_attention_backend_that_is_named_must_serve(
+    change: Callable[..., Change], plan: Plan, footprint: ModelFootprint, good: Observation
+) -> None:
+    """vLLM only logs that it takes another one; and ours must run its kernels. Another one's path is nobody's."""
+    custom = replace(plan, device="rocm", attention_backend="CUSTOM")
+    right = [replace(report, attention_backend="CUSTOM", attention_path="triton") for report in good.reports]
+    seen = replace(good, reports=right)
+    assert attention_check(custom, footprint, seen) == Check("attention", Outcome.PASS, "CUSTOM")
+    wrong: tuple[tuple[str | None, str | None], ...]
+    wrong = (("TRITON_ATTN", None), ("CUSTOM", "torch"), ("CUSTOM+TRITON_ATTN", "triton"), (None, None))
+    for backend, path in wrong:
+        changed = change(attention_backend=backend, attention_path=path)(seen, custom)
+        found = attention_check(custom, footprint, changed)
+        assert found.outcome is Outcome.FAIL
+        assert f"path {path}; expected CUSTOM, path triton" in found.detail
+    other = replace(custom, attention_backend="TRITON_ATTN")
+    theirs = [replace(report, attention_backend="TRITON_ATTN", attention_path=None) for report in good.reports]
+    assert attention_check(other, footprint, replace(good, reports=theirs)).outcome is Outcome.PASS
+    assert attention_check(other, footprint, seen).outcome is Outcome.FAIL
+    assert attention_check(other, footprint, replace(good, reports=[])).outcome is Outcome.FAIL
 
 
 def test_on_a_cpu_either_order_is_right(plan: Plan, footprint: ModelFootprint, good: Observation) -> None:

@@ -95,6 +95,11 @@ def _first(value: int, order: range) -> int:
     return next((i for i, position in enumerate(order) if value >> position & 1), -1)
 
 
+def _short(value: int) -> int:
+    """A 16-bit constant of SOPK, which the assembler may print unsigned, as the signed number that it is."""
+    return signed(value & 0xFFFF, 16)
+
+
 def _table() -> dict[str, ScalarOp]:
     ops: dict[str, ScalarOp] = {}
 
@@ -105,7 +110,7 @@ def _table() -> dict[str, ScalarOp]:
     two, pair = (32, 32), (64, 64)
     add("s_add_i32 s_add_co_i32", _overflow(lambda a, b: a + b), two, 32)
     add("s_sub_i32 s_sub_co_i32", _overflow(lambda a, b: a - b), two, 32)
-    add("s_addk_i32 s_addk_co_i32", _overflow(lambda a, b: a + b), two, 32, reads_destination=True)
+    add("s_addk_i32 s_addk_co_i32", _overflow(lambda a, b: a + _short(b)), two, 32, reads_destination=True)
     add("s_add_u32 s_add_co_u32", _carry(lambda a, b: a + b), two, 32)
     add("s_sub_u32 s_sub_co_u32", _carry(lambda a, b: a - b), two, 32)
     add("s_addc_u32 s_add_co_ci_u32", _carry(lambda a, b, c: a + b + c), two, 32, reads_scc=True)
@@ -114,7 +119,7 @@ def _table() -> dict[str, ScalarOp]:
     add("s_sub_nc_u64 s_sub_u64", _plain(lambda a, b: a - b, 64), pair, 64)
     add("s_mul_u64", _plain(lambda a, b: a * b, 64), pair, 64)
     add("s_mul_i32", _plain(lambda a, b: a * b, 32), two, 32)
-    add("s_mulk_i32", _plain(lambda a, b: a * b, 32), two, 32, reads_destination=True)
+    add("s_mulk_i32", _plain(lambda a, b: a * _short(b), 32), two, 32, reads_destination=True)
     add("s_mul_hi_u32", _plain(lambda a, b: a * b >> 32, 32), two, 32)
     add("s_mul_hi_i32", _plain(lambda a, b: signed(a) * signed(b) >> 32, 32), two, 32)
     for n in (1, 2, 3, 4):
@@ -177,7 +182,7 @@ def _table() -> dict[str, ScalarOp]:
             32,
         )
     add("s_cls_i32 s_flbit_i32", _plain(_count_leading_same, 32), (32,), 32)
-    add("s_movk_i32", _plain(lambda a: a, 32), (32,), 32)
+    add("s_movk_i32", _plain(_short, 32), (32,), 32)
     add("s_abs_i32", _with_scc(lambda a: abs(signed(a)), 32), (32,), 32)
     add("s_absdiff_i32", _with_scc(lambda a, b: abs(signed(a) - signed(b)), 32), two, 32)
     add("s_sext_i32_i8", _plain(lambda a: signed(a & 0xFF, 8), 32), (32,), 32)
@@ -200,12 +205,8 @@ def _table() -> dict[str, ScalarOp]:
     }
     for name, order in orders.items():
         add(f"s_cmp_{name}_u32 s_cmpk_{name}_u32", _compare(order), two, 0)
-        add(
-            f"s_cmp_{name}_i32 s_cmpk_{name}_i32",
-            _compare(lambda a, b, order=order: order(signed(a), signed(b))),
-            two,
-            0,
-        )
+        add(f"s_cmp_{name}_i32", _compare(lambda a, b, order=order: order(signed(a), signed(b))), two, 0)
+        add(f"s_cmpk_{name}_i32", _compare(lambda a, b, order=order: order(signed(a), _short(b))), two, 0)
         add(f"s_cmp_{name}_u64", _compare(order), pair, 0)
     return ops
 

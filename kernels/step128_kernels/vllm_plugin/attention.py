@@ -31,6 +31,8 @@ CPU_ATTENTION_VARIABLE = "STEP128_CPU_ATTENTION"
 """``1``: on a CPU, put our backend (its torch path) in the place of vLLM's own: for tests of all but the kernels."""
 
 _FP8 = ("fp8", "fp8_e4m3")
+_KV_16_BITS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_CACHE_DTYPES = ("auto", *_KV_16_BITS, *_FP8)
 _LAYER = (
     "step128 attention serves decoder layers of head size {sizes}, of {ratio} query heads for a KV head at most, {what}"
 )
@@ -96,7 +98,7 @@ class PagedAttentionBackend(AttentionBackend):
     """What vLLM asks of a backend."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16", *_FP8]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(_KV_CACHE_DTYPES)
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -143,11 +145,15 @@ class PagedAttentionBackend(AttentionBackend):
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: Any, *arguments: Any, **keywords: Any
     ) -> str | None:
-        """On a GPU the kernels take 16-bit queries."""
+        """On a GPU the kernels take 16-bit queries, and 16-bit keys of the same type only."""
         from vllm.platforms import current_platform
 
-        if dtype == torch.float32 and not current_platform.is_cpu():
+        if current_platform.is_cpu():
+            return None
+        if dtype == torch.float32:
             return "float32 queries are served on a CPU only"
+        if kv_cache_dtype in _KV_16_BITS and dtype != _KV_16_BITS[kv_cache_dtype]:
+            return f"a KV cache of {kv_cache_dtype} needs a model of {kv_cache_dtype}"
         return None
 
 
@@ -181,16 +187,17 @@ class PagedAttentionImpl(AttentionImpl[PagedAttentionMetadata]):
     ) -> None:
         unserved = {
             "ALiBi": alibi_slopes,
-            "a soft cap": logits_soft_cap,
+            "a soft cap": logits_soft_cap or None,
             "attention sinks": sinks,
             "a KV cache shared between layers": kv_sharing_target_layer_name,
         }
         kv_heads = num_kv_heads or num_heads
-        what = [name for name, value in unserved.items() if value]
+        what = [name for name, value in unserved.items() if value is not None]
         what += [f"head size {head_size}"] if head_size not in HEAD_DIMS else []
-        what += [f"{num_heads} over {kv_heads} heads"] if not 1 <= num_heads / kv_heads <= MOST_GQA_RATIO else []
-        what += [f"type {attn_type}"] if attn_type != AttentionType.DECODER else []
-        what += [f"KV cache {kv_cache_dtype}"] if kv_cache_dtype not in ("auto", "bfloat16", "float16", *_FP8) else []
+        ratio, rest = divmod(num_heads, kv_heads)
+        what += [f"{num_heads} over {kv_heads} heads"] if rest or not 1 <= ratio <= MOST_GQA_RATIO else []
+        what += [f"type {AttentionType(attn_type).value}"] if attn_type != AttentionType.DECODER else []
+        what += [f"KV cache {kv_cache_dtype}"] if kv_cache_dtype not in _KV_CACHE_DTYPES else []
         if what:
             sizes = ", ".join(map(str, HEAD_DIMS))
             raise ValueError(_LAYER.format(sizes=sizes, ratio=MOST_GQA_RATIO, what=f"not {' and '.join(what)}"))

@@ -25,7 +25,7 @@ def check_backend(context: Context) -> Finding:
         return failed(
             name,
             f"profile {context.profile.name} names {', '.join(backends) or 'no backend'}; vLLM itself takes ROCM_ATTN",
-            "Put TRITON_ATTN first in vllm.attention_backends of the profile.",
+            "Put CUSTOM, our kernels, first in vllm.attention_backends of the profile.",
         )
     return passed(name, f"profile {context.profile.name}: {', '.join(backends)}")
 

@@ -53,7 +53,7 @@ def check_logged_attention(context: Context) -> Finding:
         return failed(
             name,
             f"{shown}, on {', '.join(targets)}: decoding is several times slower with it (ROCm/vllm#994)",
-            "step128 serve --attention-backend TRITON_ATTN; VLLM_ATTENTION_BACKEND is ignored by vLLM 0.32",
+            "step128 serve --attention-backend CUSTOM; VLLM_ATTENTION_BACKEND is ignored by vLLM 0.32",
         )
     return passed(name, shown)
 

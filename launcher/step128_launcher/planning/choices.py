@@ -37,9 +37,9 @@ def make_space(
         )
     wished = context_ceiling(footprint, profile, limits)
     rejected: list[Alternative] = []
-    dtypes, refused = kv_cache_dtypes(footprint, profile, limits)
-    rejected += refused
     backends = _attention_backends(profile, limits)
+    dtypes, refused = kv_cache_dtypes(footprint, profile, limits, backends[0])
+    rejected += refused
     dtypes = _dtypes_of_backend(dtypes, backends[0], limits)
     ranks, refused = _tensor_parallel_sizes(hardware, footprint, profile, limits, budget)
     rejected += refused
@@ -111,9 +111,11 @@ def block_size_tokens(footprint: ModelFootprint, profile: Profile, limits: Limit
 
 
 def kv_cache_dtypes(
-    footprint: ModelFootprint, profile: Profile, limits: Limits
+    footprint: ModelFootprint, profile: Profile, limits: Limits, backend: AttentionBackend | None = None
 ) -> tuple[tuple[str, ...], tuple[Alternative, ...]]:
     """Return the dtypes to try, the preferred one first ("auto" is the serving dtype), and what was left out.
+
+    Preferred is what `backend` decodes faster with, where the profile knows, else what the profile prefers.
 
     Raises:
         LauncherError: 2, if fp8 was asked for and the checkpoint has no scales that would take effect.
@@ -133,7 +135,9 @@ def kv_cache_dtypes(
     if not usable:
         reason = f"needs calibrated scales from a quantized checkpoint; {why_not}"
         return ("auto",), (Alternative("kv_cache_dtype fp8", reason),)
-    return ("fp8", "auto") if profile.prefer_fp8_kv_cache else ("auto", "fp8"), ()
+    faster = backend.faster_kv_cache_dtype if backend is not None else None
+    prefers_fp8 = profile.prefer_fp8_kv_cache if faster is None else faster == "fp8"
+    return ("fp8", "auto") if prefers_fp8 else ("auto", "fp8"), ()
 
 
 def omp_threads_bind(hardware: Hardware, ranks: int) -> str:
@@ -227,9 +231,10 @@ def _depths(
 
 
 def _attention_backends(profile: Profile, limits: Limits) -> tuple[AttentionBackend | None, ...]:
+    """Return the profile's first backend, or the one asked for: no other is taken to gain memory."""
     asked = limits.attention_backend
     if asked is None:
-        return profile.attention_backends or (None,)
+        return profile.attention_backends[:1] or (None,)
     known = [backend for backend in profile.attention_backends if backend.name == asked]
     if known:
         return (known[0],)

@@ -37,6 +37,9 @@ def explain_choice(
     if best.load.attention_backend:
         backend = next(one for one in space.attention_backends if one and one.name == best.load.attention_backend)
         sentences.append(f"Attention backend {backend.name}: {backend.why}.")
+        if backend.faster_kv_cache_dtype:
+            name = _dtype_name(backend.faster_kv_cache_dtype)
+            sentences.append(f"With it a KV cache in {name} is the faster one here (modelled, not measured).")
     if best.load.num_speculative_tokens and best.kv_cache_dtype == "fp8" and footprint.unscaled_layers:
         sentences.append("The MTP layers' KV cache uses scale 1.0: the checkpoint has no scales for them.")
     return tuple(sentences)
@@ -114,8 +117,12 @@ def _within(judge: Judge, best: Candidate, depth: int) -> str:
     return f"the deepest within {TIE:.0%} of the fastest ({fastest.num_speculative_tokens})"
 
 
+def _dtype_name(kv_cache_dtype: str) -> str:
+    return "the serving dtype" if kv_cache_dtype == "auto" else kv_cache_dtype
+
+
 def _kv_dtype(best: Candidate, footprint: ModelFootprint, limits: Limits) -> str:
-    name = "the serving dtype" if best.kv_cache_dtype == "auto" else best.kv_cache_dtype
+    name = _dtype_name(best.kv_cache_dtype)
     if limits.kv_cache_dtype:
         return f"KV cache in {name}: asked for."
     if best.kv_cache_dtype == "fp8":

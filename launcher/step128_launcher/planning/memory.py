@@ -9,6 +9,7 @@ from step128_launcher.planning.calibration import Measurement
 from step128_launcher.planning.items import (
     ASSUMED,
     COLLECTIVES,
+    COMPUTED,
     DTYPE_BYTES,
     FLOAT32_BYTES,
     RUNTIME,
@@ -23,12 +24,16 @@ from step128_launcher.planning.items import (
 )
 from step128_launcher.planning.kv_cache import group_counts
 from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.reserved import OUR_ATTENTION_BACKEND
 
 # The largest image vLLM's Step-3.7 processor makes: one tile of 728 pixels and 36 crops of 504 (3024 x 3024).
 _CROPS, _CROP_SIDE_PIXELS, _IMAGE_TOKENS = 36, 504, 3164
 
 # vLLM's Triton attention: segments of a split, and the grid below which it splits (triton_attn.py of vLLM 0.32).
 _SEGMENTS, _LAUNCH_GRID = 16, 128
+# MOST_SPLIT_ROWS of our kernels (attention/limits.py); a test compares.
+_SPLIT_ROWS = 1024
+_SCRATCH = "attention scratch"
 
 
 class Ledger:
@@ -186,7 +191,10 @@ class Ledger:
     def _gpu(self, load: Load, measured: Measurement | None) -> tuple[MemoryLine, ...]:
         """Return what a GPU holds besides tensors of the model: split attention, graphs, runtime, collectives."""
         profile, several = self.profile, load.tensor_parallel_size > 1
-        lines = [self._attention_scratch(load)] if load.attention_backend == "TRITON_ATTN" else []
+        scratch = {"TRITON_ATTN": self._segments, OUR_ATTENTION_BACKEND: self._partial_results}.get(
+            load.attention_backend or ""
+        )
+        lines = [] if scratch is None else [scratch(load)]
         if measured is not None and measured.non_torch_bytes is not None:
             lines.append(measured_line(RUNTIME_MEASURED, measured.non_torch_bytes, measured))
         else:
@@ -201,8 +209,20 @@ class Ledger:
                 lines.append(assumed("graphs", profile.graphs, "captured decode and verification steps"))
         return tuple(lines)
 
-    def _attention_scratch(self, load: Load) -> MemoryLine:
-        """Return the partial results of split attention: one float32 buffer for each group of the KV cache.
+    def _partial_results(self, load: Load) -> MemoryLine:
+        """Return what our attention's splits leave for their sum: float32 [rows, query heads, head_dim + 1], once.
+
+        Rows are sequences x query tokens x splits of a launch, which the kernels keep below a bound; vLLM's workspace
+        holds the buffer for all layers of a worker, one after the other.
+        """
+        config = self.footprint.config
+        heads = max(config.num_attention_heads, config.num_sliding_attention_heads) // load.tensor_parallel_size
+        total = _SPLIT_ROWS * heads * (config.head_dim + 1) * FLOAT32_BYTES
+        what = f"{_SPLIT_ROWS} rows of {heads} heads, shared by all layers"
+        return MemoryLine(_SCRATCH, total, COMPUTED, what, "attention/limits.py of our kernels")
+
+    def _segments(self, load: Load) -> MemoryLine:
+        """Return the partial results of vLLM's split attention: one float32 buffer for each group of the KV cache.
 
         A buffer is [rows, query heads, segments, head_dim + 2]. A group holds layers of one kind (see kv_cache.py).
         """
@@ -212,7 +232,7 @@ class Ledger:
         heads = full * config.num_attention_heads + sliding * config.num_sliding_attention_heads
         total = rows * (heads // ranks) * _SEGMENTS * (config.head_dim + 2) * FLOAT32_BYTES
         what = f"{_SEGMENTS} segments, {full + sliding} groups of layers"
-        return MemoryLine("attention scratch", total, VLLM_CODE, what, "v1/attention/backends/triton_attn.py")
+        return MemoryLine(_SCRATCH, total, VLLM_CODE, what, "v1/attention/backends/triton_attn.py")
 
     def _reserve(self) -> MemoryLine:
         source = self.profile.source("reserve_bytes")

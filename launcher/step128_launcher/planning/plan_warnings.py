@@ -5,8 +5,9 @@ from step128_launcher.planning.budget import Budget, memory_shortage
 from step128_launcher.planning.candidates import Candidate
 from step128_launcher.planning.plan import Limits
 from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.reserved import OUR_ATTENTION_BACKEND
 
-# No FP8 instructions (vLLM's supports_fp8 names CDNA and RDNA4 only), so FP8 KV cache is converted in software there.
+# No FP8 instructions (vLLM's supports_fp8 names CDNA and RDNA4 only), so vLLM's kernels convert FP8 in software there.
 _FP8_KV_UNVERIFIED = ("gfx1100", "gfx1151")
 
 
@@ -16,12 +17,15 @@ def plan_warnings(
     """Return what a person should know before starting this plan."""
     found = [memory_shortage(budget, limits.memory_bytes)]
     quantization = footprint.quantization
-    if budget.gpus and quantization is not None and quantization.method == "nl4":
+    ours = best.load.attention_backend == OUR_ATTENTION_BACKEND
+    kernels = ["NL4"] if quantization is not None and quantization.method == "nl4" else []
+    kernels += ["attention"] if ours else []
+    if budget.gpus and kernels:
         found.append(
-            f"Our NL4 kernels have not run on {budget.gpus[0].target or 'such a GPU'} here: their speed and the memory "
-            "they take there are not measured."
+            f"Our {' and '.join(kernels)} kernels have not run on {budget.gpus[0].target or 'such a GPU'} here: their "
+            "speed and the memory they take there are not measured."
         )
-    if budget.gpus and best.kv_cache_dtype == "fp8" and budget.gpus[0].target in _FP8_KV_UNVERIFIED:
+    if budget.gpus and not ours and best.kv_cache_dtype == "fp8" and budget.gpus[0].target in _FP8_KV_UNVERIFIED:
         found.append(
             f"FP8 KV cache on {budget.gpus[0].target}: the GPU has no FP8 instructions; vLLM does not refuse it, and "
             "nobody here has verified it. --kv-cache-dtype auto avoids it."

@@ -34,12 +34,16 @@ class Assumption:
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One of vLLM's attention backends; `why` says what its limits come from. No limit: None or no dtypes."""
+    """One of vLLM's attention backends; `why` says what its limits come from. No limit: None or no dtypes.
+
+    `faster_kv_cache_dtype` is the KV-cache dtype that it decodes faster with on the profile's GPU, if that is known.
+    """
 
     name: str
     max_model_len: int | None
     kv_cache_dtypes: tuple[str, ...]
     why: str
+    faster_kv_cache_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,18 @@ def _environment(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _backend(value: Any) -> AttentionBackend:
-    allowed = {"name", "max_model_len", "kv_cache_dtypes", "why"}
+    allowed = {"name", "max_model_len", "kv_cache_dtypes", "why", "faster_kv_cache_dtype"}
     if not isinstance(value, dict) or "name" not in value or not set(value) <= allowed:
         raise ValueError("a mapping with name and, as needed, " + ", ".join(sorted(allowed - {"name"})))
     longest = value.get("max_model_len")
     dtypes = value.get("kv_cache_dtypes")
+    faster = value.get("faster_kv_cache_dtype")
     return AttentionBackend(
         name=_backend_name(value["name"]),
         max_model_len=None if longest is None else integer(1)(longest),
         kv_cache_dtypes=() if dtypes is None else list_of(one_of("auto", "fp8"))(dtypes),
         why=a_text(value.get("why", "no limit")),
+        faster_kv_cache_dtype=None if faster is None else one_of("auto", "fp8")(faster),
     )
 
 

@@ -48,8 +48,11 @@ _SHORT_FLAGS = {
 _RESERVED_VARIABLES = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "PYTHONSAFEPATH")
 _RESERVED_PREFIX = "STEP128_"
 
-# vLLM 0.32, v1/attention/backends/registry.py, AttentionBackendEnum: those for plain attention on ROCm and CUDA.
+# vLLM 0.32, v1/attention/backends/registry.py, AttentionBackendEnum: those for plain attention on ROCm and CUDA. Our
+# plugin's is vLLM's member CUSTOM.
+OUR_ATTENTION_BACKEND = "CUSTOM"
 ATTENTION_BACKENDS = (
+    OUR_ATTENTION_BACKEND,
     "FLASH_ATTN",
     "TRITON_ATTN",
     "ROCM_ATTN",

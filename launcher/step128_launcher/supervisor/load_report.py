@@ -14,8 +14,9 @@ class LoadReport:
     """One model (the target, or the MTP draft) on one rank, as the plugin found it after loading.
 
     `weight_path` says what computes with the quantized weights (triton or torch) and `weight_order` how they lie
-    (kernel or checkpoint): values joined by "+" where modules differ, None without such a weight. `quantized_modules`
-    counts vLLM's modules by component; `kv_scales` is layer -> (k, v) in effect.
+    (kernel or checkpoint): values joined by "+" where modules differ, None without such a weight. `attention_backend`
+    names vLLM's backend of the attention layers, `attention_path` what computes in ours (triton or torch).
+    `quantized_modules` counts vLLM's modules by component; `kv_scales` is layer -> (k, v) in effect.
     """
 
     role: str
@@ -25,6 +26,8 @@ class LoadReport:
     policy: str | None
     weight_path: str | None
     weight_order: str | None
+    attention_backend: str | None
+    attention_path: str | None
     quantized_modules: dict[str, int]
     kv_cache_dtype: str
     kv_scales: dict[int, tuple[float, float]]
@@ -54,6 +57,8 @@ def _parse(document: dict[str, Any]) -> LoadReport:
         policy=document["policy"],
         weight_path=document["weight_path"],
         weight_order=document.get("weight_order"),  # only demanded where there is a GPU
+        attention_backend=document.get("attention_backend"),  # only demanded where the plan names one
+        attention_path=document.get("attention_path"),
         quantized_modules={str(name): int(count) for name, count in document["quantized_modules"].items()},
         kv_cache_dtype=str(document["kv_cache_dtype"]),
         kv_scales={int(layer): (float(pair["k"]), float(pair["v"])) for layer, pair in document["kv_scales"].items()},

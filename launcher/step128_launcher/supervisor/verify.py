@@ -16,6 +16,7 @@ from prometheus_client.samples import Sample
 
 from step128_launcher.model.footprint import KvScale, ModelFootprint
 from step128_launcher.planning.plan import Plan
+from step128_launcher.planning.reserved import OUR_ATTENTION_BACKEND
 from step128_launcher.supervisor.load_report import DRAFT, TARGET, LoadReport
 
 _SCALE_TOLERANCE = 1e-6
@@ -61,6 +62,7 @@ def verify(plan: Plan, footprint: ModelFootprint, served_model_name: str, seen: 
         _plugin_version(seen.reports),
         _quantization(footprint, seen.reports),
         _weight_path(plan, footprint, seen.reports),
+        *_attention(plan, seen.reports),
         _components(footprint, targets, drafts, plan.num_speculative_tokens > 0),
     ]
     if plan.kv_cache_dtype == "fp8" and footprint.kv_scales:
@@ -150,6 +152,22 @@ def _weight_path(plan: Plan, footprint: ModelFootprint, reports: list[LoadReport
             return Check("weight_path", Outcome.FAIL, detail)
         paths.add(str(wanted[0]))
     return Check("weight_path", Outcome.PASS, ", ".join(sorted(paths)))
+
+
+def _attention(plan: Plan, reports: list[LoadReport]) -> list[Check]:
+    """The backend that the plan names must serve every attention layer, and ours with its kernels."""
+    wanted = plan.attention_backend
+    if wanted is None:
+        return []
+    path = "triton" if wanted == OUR_ATTENTION_BACKEND else None
+    for report in reports:
+        found = (report.attention_backend, report.attention_path)
+        if found != (wanted, path):
+            named = report.attention_backend or "none that the load report names"
+            detail = f"{report.role} rank {report.rank}: {named}, path {report.attention_path}; expected {wanted}"
+            detail += f", path {path}" if path else ""
+            return [Check("attention", Outcome.FAIL, f"{detail}. vLLM chose another backend than it was told to")]
+    return [Check("attention", Outcome.PASS if reports else Outcome.FAIL, wanted if reports else "no load report")]
 
 
 def _meaning(quantized: bool) -> str:

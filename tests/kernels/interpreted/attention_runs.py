@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,11 @@ from step128_kernels.attention.shape import AttentionCall, AttentionShape
 from step128_kernels.launch import Launch
 from step128_kernels.run_launch import run
 
+_log = logging.getLogger(__name__)
+
 NAN_BYTE = 0x7F
+PREFILL = {"phase": "prefill", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+KINDS = [("rdna4", True), ("rdna3", True), ("portable", False)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -158,3 +163,34 @@ def launched(batch: Batch, config: dict[str, Any], prefill: dict[str, Any], targ
         assert isinstance(mine, Launch)
         run(mine, {name: tensors[name] for name in launch.pointers})
     return out
+
+
+def decode(splits: int, block_n: int = 32, least_tiles: int = 1) -> dict:
+    return {"phase": "decode", "BLOCK_N": block_n, "SPLITS": splits, "LEAST_TILES": least_tiles, "num_warps": 1}
+
+
+def layer(ratio: int = 8, window: int = 0, page: int = 16, kv: str = "fp8", head_dim: int = 64, kv_heads: int = 1):
+    return AttentionShape(ratio * kv_heads, kv_heads, head_dim, window, page, kv, "fp16" if kv == "fp16" else "bf16")
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Root mean square of the error over that of the result."""
+    return float((found.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+
+
+def check(batch: Batch, splits: int, target: str, gluon: bool, block_n: int = 32) -> None:
+    """:func:`check_result` of the launches with ``splits`` and ``block_n``."""
+    check_result(batch, launched(batch, decode(splits, block_n), PREFILL, target, gluon), target)
+
+
+def check_result(batch: Batch, found: torch.Tensor, target: str) -> None:
+    """No NaN gets in, every row is written, and the error is below that of rounding K, V and P to bfloat16."""
+    wanted = expected(batch)
+    assert not wanted.isnan().any()
+    assert not found.isnan().any()
+    mine, usual = error(found, wanted), error(bf16_path(batch), wanted)
+    _log.warning("%s %s: error %.2e, bfloat16 path %.2e", batch.shape, target, mine, usual)
+    assert mine <= usual
+    # No row is off: a wrong key or mask moves a row by far more than rounding to bfloat16 does.
+    worst = (found.float() - wanted).abs().amax(-1) / wanted.square().mean(-1).sqrt()
+    assert worst.max() < 0.05, worst

@@ -1,13 +1,16 @@
 """These tests run Triton's interpreter, which must be chosen before Triton is imported: see ../test_interpreter.py."""
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # modules that the tests here share
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 

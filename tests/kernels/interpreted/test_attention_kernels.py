@@ -1,50 +1,16 @@
 """The attention kernels in Triton's interpreter against float32: the RDNA kernels' own source, and their twin."""
 
-import logging
-
 import pytest
 import torch
-from attention_runs import Batch, bf16_path, expected, launched, made_up
+from attention_runs import KINDS, PREFILL, bf16_path, check, decode, error, expected, launched, layer, made_up
 
 from step128_kernels.attention.cache_update import cache_update_kernel
 from step128_kernels.attention.launches import update_launch
 from step128_kernels.attention.reference import update_kv_cache_reference
-from step128_kernels.attention.shape import AttentionShape
 from step128_kernels.run_launch import run
 
-_log = logging.getLogger(__name__)
-
-PREFILL = {"phase": "prefill", "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-KINDS = [("rdna4", True), ("rdna3", True), ("portable", False)]
 TWO_KINDS = [KINDS[0], KINDS[2]]  # where nothing but the conversion of FP8 would differ
 pytestmark = pytest.mark.usefixtures("amd_assembly", "bfloat16_dots", "erased_layouts")
-
-
-def decode(splits: int, block_n: int = 32, least_tiles: int = 1) -> dict:
-    return {"phase": "decode", "BLOCK_N": block_n, "SPLITS": splits, "LEAST_TILES": least_tiles, "num_warps": 1}
-
-
-def layer(ratio: int = 8, window: int = 0, page: int = 16, kv: str = "fp8", head_dim: int = 64, kv_heads: int = 1):
-    return AttentionShape(ratio * kv_heads, kv_heads, head_dim, window, page, kv, "fp16" if kv == "fp16" else "bf16")
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Root mean square of the error over that of the result."""
-    return float((found.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
-
-
-def check(batch: Batch, splits: int, target: str, gluon: bool, block_n: int = 32) -> None:
-    """No NaN gets in, every row is written, and the error is below that of rounding K, V and P to bfloat16."""
-    wanted = expected(batch)
-    assert not wanted.isnan().any()
-    found = launched(batch, decode(splits, block_n), PREFILL, target, gluon)
-    assert not found.isnan().any()
-    mine, usual = error(found, wanted), error(bf16_path(batch), wanted)
-    _log.warning("%s %s: error %.2e, bfloat16 path %.2e", batch.shape, target, mine, usual)
-    assert mine <= usual
-    # No row is off: a wrong key or mask moves a row by far more than rounding to bfloat16 does.
-    worst = (found.float() - wanted).abs().amax(-1) / wanted.square().mean(-1).sqrt()
-    assert worst.max() < 0.05, worst
 
 
 @pytest.mark.parametrize("target, gluon", KINDS)

@@ -29,7 +29,7 @@ MOE = (
     ("check", "tree", "line", "outcome", "word"),
     [
         (server_log.check_logged_attention, QUAD, NAMED, "FAIL", "gfx1201"),
-        (server_log.check_logged_attention, QUAD, POTENTIAL.format("ROCM_ATTN"), "FAIL", "TRITON_ATTN"),
+        (server_log.check_logged_attention, QUAD, POTENTIAL.format("ROCM_ATTN"), "FAIL", "CUSTOM"),
         (server_log.check_logged_attention, QUAD, OVERRIDDEN, "FAIL", "ROCM_ATTN, by"),
         (server_log.check_logged_attention, QUAD, POTENTIAL.format("TRITON_ATTN"), "PASS", "TRITON_ATTN, by"),
         (server_log.check_logged_attention, SPARK, "Using AttentionBackendEnum.FLASHINFER backend.", "PASS", "FLASHI"),
