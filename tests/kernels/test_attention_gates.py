@@ -21,6 +21,8 @@ from step128_kernels.tuned.names import DEVICE_OF_ARCH
 from step128_kernels.vllm_plugin.attention_baselines import attention_baseline_case
 
 DEEP = 65536
+COUNTED_CONTEXT = 8192
+"""Below it, what every work-group does once (queries, result, the sum) costs more than the keys."""
 MOST_INSTRUCTIONS_PER_BYTE = {1: 3.0, 4: 8.0}
 """Of an FP8 cache on gfx1201, by query tokens: lanes' instructions of every kind, the sum over the splits included."""
 SIXTEEN_ROWS = 3.0
@@ -36,8 +38,8 @@ def only_shipped_files() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reports(only_shipped_files: None) -> dict[str, Report]:
-    """Full layers at 64k with one sequence, and sliding layers, as shipped; by title."""
-    wanted = [one for one in all_cases() if one.shape["context"] == DEEP or one.shape["W"]]
+    """Decodes of one sequence as shipped: full layers from 8k tokens on, and sliding layers; by title."""
+    wanted = [one for one in all_cases() if one.shape["context"] >= COUNTED_CONTEXT or one.shape["W"]]
     wanted = [one for one in wanted if one.phase == "decode" and one.shape["batch"] == 1]
     found = inspect_cases(wanted)
     failed = [str(result) for result in found if isinstance(result, KernelToolError)]
@@ -47,6 +49,10 @@ def reports(only_shipped_files: None) -> dict[str, Report]:
 
 def full(reports: dict[str, Report], arch: str) -> list[Report]:
     return [one for one in reports.values() if not one.case.shape["W"] and one.case.arch == arch]
+
+
+def deep(reports: dict[str, Report], arch: str) -> list[Report]:
+    return [one for one in full(reports, arch) if one.case.shape["context"] == DEEP]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -106,10 +112,22 @@ def test_instructions_per_byte_of_an_fp8_cache(ratio: int, query_tokens: int) ->
     assert ours.lds_bytes == 0 or all(one.lds_bytes == 0 for one in ours.launches if "decode" in one.name)
 
 
+def test_every_shipped_fp8_decode_keeps_to_the_limit(reports: dict[str, Report]) -> None:
+    """On gfx1201, whole launches, at every tensor parallelism and context from 8k on."""
+    mine = [one for one in full(reports, "gfx1201") if one.case.kernel == "attention_fp8"]
+    assert len(mine) == 4 * 3 * 2  # ranks, contexts, query tokens
+    over = {
+        case_title(one.case): one.lane_inst_per_byte
+        for one in mine
+        if one.lane_inst_per_byte > MOST_INSTRUCTIONS_PER_BYTE[one.case.shape["q_len"]]
+    }
+    assert not over, over
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_full_layers_fill_the_card_with_one_sequence(reports: dict[str, Report], arch: str) -> None:
     """64k tokens, 1 and 4 query tokens, at every tensor parallelism, one KV head a rank (8 ranks) included."""
-    mine = full(reports, arch)
+    mine = deep(reports, arch)
     assert len(mine) == 2 * 4 * 2  # KV dtypes, ranks, query tokens
     few = {case_title(one.case): one.workgroups for one in mine if one.workgroups < 2 * DEVICES[arch].compute_units}
     assert not few, few
@@ -120,7 +138,7 @@ def test_full_layers_are_bound_by_memory(reports: dict[str, Report], arch: str) 
     """With one query token, by a model that is optimistic: expect 50 to 75 % of its bounds."""
     slow = {
         case_title(one.case): one.share_of_bandwidth
-        for one in full(reports, arch)
+        for one in deep(reports, arch)
         if one.case.shape["q_len"] == 1 and one.share_of_bandwidth * 0.75 < 1
     }
     assert not slow, slow

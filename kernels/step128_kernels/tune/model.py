@@ -30,6 +30,10 @@ _MOST_DECODE_VALU_PER_WEIGHT = {1: 4.0, 4: 6.0, 8: 8.0}
 # Work-groups of attention at one sequence, per compute unit, from this context on: what splitting the keys is for.
 _LEAST_WORKGROUPS_PER_UNIT = 2
 _DEEP_CONTEXT = 65536
+# Lanes' instructions per byte of an FP8 cache with hardware conversion, by query tokens, from this context on: below it
+# what every work-group does once counts for more than the keys.
+_MOST_INSTRUCTIONS_PER_KV_BYTE = {1: 3.0, 4: 8.0}
+_COUNTED_CONTEXT = 8192
 
 
 class Report(Protocol):
@@ -51,6 +55,8 @@ class Report(Protocol):
     def load_bits(self) -> Mapping[str, int]: ...  # noqa: D102
     @property
     def workgroups(self) -> int: ...  # noqa: D102
+    @property
+    def lane_inst_per_byte(self) -> float: ...  # noqa: D102
 
 
 def outcome_of(report: Report, candidate: Candidate) -> Outcome:
@@ -83,10 +89,16 @@ def _missed_gate(report: Report, candidate: Candidate) -> str | None:
 def _missed_attention_gate(report: Report, candidate: Candidate) -> str | None:
     if not report.wmma:
         return "no WMMA"
-    shape, units = candidate.target.shape, DEVICES[candidate.target.arch].compute_units
-    deep = candidate.config["phase"] == "decode" and not shape["W"] and shape["C"] >= _DEEP_CONTEXT
-    if deep and report.workgroups < _LEAST_WORKGROUPS_PER_UNIT * units:
+    target = candidate.target
+    if candidate.config["phase"] == "prefill" or target.shape["W"]:
+        return None
+    context, units = target.shape["C"], DEVICES[target.arch].compute_units
+    if context >= _DEEP_CONTEXT and report.workgroups < _LEAST_WORKGROUPS_PER_UNIT * units:
         return f"fewer than {_LEAST_WORKGROUPS_PER_UNIT} work-groups for each compute unit"
+    limit = _MOST_INSTRUCTIONS_PER_KV_BYTE.get(candidate.rows)
+    converts = target.kernel == "attention_fp8" and target.arch == "gfx1201"
+    if converts and limit is not None and context >= _COUNTED_CONTEXT and report.lane_inst_per_byte > limit:
+        return f"more than {limit:g} instructions per byte of the KV cache"
     return None
 
 
