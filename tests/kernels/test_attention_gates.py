@@ -14,6 +14,7 @@ from step128_kernels.launch import KernelCase
 from step128_kernels.offline.asm import parse_assembly
 from step128_kernels.offline.compile import compile_key, compile_launch
 from step128_kernels.offline.cost import DEVICES, instruction_cycles
+from step128_kernels.offline.count import count_launch
 from step128_kernels.offline.inspect import Report, case_title
 from step128_kernels.offline.parallel import inspect_cases
 from step128_kernels.tuned.load import load_config
@@ -105,10 +106,10 @@ def test_instructions_per_byte_of_an_fp8_cache(ratio: int, query_tokens: int) ->
     )
     assert ours.lane_inst_per_byte <= MOST_INSTRUCTIONS_PER_BYTE[query_tokens]
     assert ours.lane_inst_per_byte < min(unified.lane_inst_per_byte, segmented.lane_inst_per_byte) / 3
-    # FP8 is converted by the hardware: one instruction for two bytes, another to float16, and no integer arithmetic
-    # on what was loaded.
+    # FP8 is converted by the hardware: one instruction for two bytes, one to make two of them float16, and a sixteenth
+    # of that for the probabilities. There is no room for another way.
     tiles = -(-query_tokens * ratio // 16)
-    assert ours.mix["convert"] * 32 == pytest.approx(ours.case.memory_bytes * tiles, rel=0.05)
+    assert ours.mix["convert"] * 32 == pytest.approx(ours.case.memory_bytes * tiles * 17 / 16, rel=0.01)
     assert ours.lds_bytes == 0 or all(one.lds_bytes == 0 for one in ours.launches if "decode" in one.name)
 
 
@@ -148,8 +149,8 @@ def test_sliding_layers(reports: dict[str, Report]) -> None:
     """512 keys are 17 tiles of 32, so 16 splits leave a work-group one or two: more would have nothing to do. That is
     what bounds them: 32 work-groups a row tile at two KV heads. At so few keys, what every work-group does once (its
     queries, its result) and the sum over the splits cost more than the keys: whole launches take more instructions per
-    byte than deep layers, and about a microsecond. The gate is therefore the tiles': the launch less a launch of the
-    same grid over nothing to speak of, a window of 16 keys.
+    byte than deep layers, and still only microseconds. The gate is therefore the tiles': the launch less a launch of
+    the same grid over nothing to speak of, a window of 16 keys.
     """
     mine = [one for one in reports.values() if one.case.shape["W"]]
     assert len(mine) == 2 * 2 * 4 * 2  # GPUs, KV dtypes, ranks, query tokens
@@ -159,7 +160,7 @@ def test_sliding_layers(reports: dict[str, Report]) -> None:
         assert one.workgroups == tiles * shape["Hkv"] * one.case.config["SPLITS"]
         assert one.case.config["SPLITS"] in (4, 8, 16)
         assert one.spills == 0
-        assert one.modelled_seconds < 5e-6
+        assert one.modelled_seconds < 1e-5
     for query_tokens in (1, 4):
         layer = {"Hq": 24, "Hkv": 2, "D": 128, "W": 512, "C": 512}
         config = shipped_configs("attention_fp8", layer, "gfx1201")[query_tokens]
@@ -184,20 +185,18 @@ def test_sliding_layers(reports: dict[str, Report]) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", list(SHAPES))
 def test_prefill_is_bound_by_wmma(kernel: str, arch: str) -> None:
-    """Of the cycles in which a SIMD issues to its vector unit, WMMA takes the largest share, and about half or more."""
+    """Of the cycles in which a SIMD issues to its vector unit, in the whole launch, WMMA takes more than half."""
     shape = {"Hq": 16, "Hkv": 2, "D": 128, "W": 0, "C": 8192}
-    one = case(kernel, shape, 2048, shipped_configs(kernel, shape, arch)[2048], arch)
-    (launch,) = one.launches
-    assembly = parse_assembly(compile_launch(launch, arch).assembly)
-    loop = max(assembly.blocks, key=lambda block: sum("wmma" in one.opcode for one in block.instructions))
-    device = DEVICES[arch]
+    (launch,) = case(kernel, shape, 2048, shipped_configs(kernel, shape, arch)[2048], arch).launches
+    count = count_launch(compile_launch(launch, arch), launch)
     cycles = {True: 0.0, False: 0.0}
-    for instruction in loop.instructions:
-        if instruction.is_valu:
-            cycles["wmma" in instruction.opcode] += instruction_cycles(instruction, device).valu
+    for block, times in zip(count.assembly.blocks, count.blocks, strict=True):
+        for one in block.instructions:
+            if one.is_valu:
+                cycles["wmma" in one.opcode] += times * instruction_cycles(one, DEVICES[arch]).valu
     share = cycles[True] / sum(cycles.values())
-    print(f"{kernel} on {arch}: WMMA takes {share:.0%} of the vector unit's cycles in the loop")
-    assert share > 0.45
+    print(f"{kernel} on {arch}: WMMA takes {share:.0%} of the vector unit's cycles")
+    assert share > 0.5
 
 
 def test_the_gates_can_fail() -> None:

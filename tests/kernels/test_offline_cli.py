@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
 from step128_kernels.cli import main
-from step128_kernels.errors import CompilationError, ToolEnvironmentError
+from step128_kernels.errors import CompilationError, NoSuchKernelError, ToolEnvironmentError
 from step128_kernels.launch import KernelCase
 from step128_kernels.offline.command import _weight_loads, select_cases
 from step128_kernels.offline.compile import compile_key, compile_launch, specialize
@@ -90,10 +90,11 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def all_cases(arch: str | None, kernel: str | None) -> Iterable[KernelCase]:
             return [one for one in cases if arch in (None, one.arch) and kernel in (None, one.kernel)]
 
-        module = types.ModuleType("step128_kernels.cases")
-        module.all_cases = all_cases  # type: ignore[attr-defined]
-        module.SHAPES = {one.kernel: () for one in cases}  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "step128_kernels.cases", module)
+        for name, kernels in (("cases", cases), ("attention.cases", ())):
+            module = types.ModuleType(f"step128_kernels.{name}")
+            module.all_cases = all_cases  # type: ignore[attr-defined]
+            module.SHAPES = {one.kernel: () for one in kernels}  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return ship
 
@@ -232,3 +233,12 @@ def test_help_documents_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["inspect", "--arch", "gfx900"])
     assert ended.value.code == 2
+
+
+def test_attention_is_chosen_by_cache_and_query_tokens() -> None:
+    some = select_cases("gfx1201", "attention", "decode", "fp8", 4)
+    assert {one.kernel for one in some} == {"attention_fp8"} and {one.shape["q_len"] for one in some} == {4}
+    assert {one.kernel for one in select_cases(None, None, None, "bf16")} == {"attention_bf16"}
+    assert {one.kernel for one in select_cases(None, "attention", "prefill")} == {"attention_fp8", "attention_bf16"}
+    with pytest.raises(NoSuchKernelError, match="of attention is for any phase and 3 query tokens"):
+        select_cases(None, "attention", None, None, 3)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -91,10 +92,9 @@ def select_cases(
         NoSuchKernelError: there is no such kernel, or nothing is shipped for that phase, dtype or length of it.
     """
     require_triton()
-    from step128_kernels import cases as nl4
-    from step128_kernels.attention import cases as attention
     from step128_kernels.attention.configs import KERNELS
 
+    nl4, attention = (import_module(f"step128_kernels.{name}") for name in ("cases", "attention.cases"))
     wanted = None if kernel is None else expanded([kernel])
     if kv_dtype is not None or q_len is not None:
         wanted = [name for name in wanted or attention.SHAPES if name in attention.SHAPES]
@@ -110,10 +110,9 @@ def select_cases(
         if phase in (None, case.phase) and q_len in (None, case.shape.get("q_len"))
     ]
     if not cases:
-        asked = [f"{kernel or 'any kernel'}", phase or "any phase"]
-        asked += [f"KV cache {kv_dtype}"] if kv_dtype else []
-        asked += [f"{q_len} query tokens"] if q_len else []
-        raise NoSuchKernelError(f"no configuration is shipped for {', '.join(asked)}.")
+        asked = f"{phase or 'any phase'}" + (f" with a KV cache of {kv_dtype}" if kv_dtype else "")
+        asked += f" and {q_len} query tokens" if q_len else ""
+        raise NoSuchKernelError(f"no configuration of {kernel or 'any kernel'} is for {asked}.")
     return cases
 
 
@@ -178,7 +177,7 @@ def _narrow_row(report: Report) -> tuple[str, ...]:
 def _wide_headings(shape: str, unit: str) -> tuple[str, ...]:
     return (
         *(shape, "config", "VGPR", "SGPR", "spills", "LDS", "waves/SIMD", f"VALU/{unit}", "inst/B", "WMMA"),
-        *("groups", "loads", "bound GB/s*", "of card*"),
+        *("groups", f"{unit} loads", "bound GB/s*", "of card*"),
     )
 
 

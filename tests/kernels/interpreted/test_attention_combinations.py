@@ -72,7 +72,12 @@ def test_combinations(number: int) -> None:
     twin = launched(batch, config, prefill, "portable", False)
     check_result(batch, twin, "portable")
     if one["page"] % one["block_n"] == 0 or one["block_n"] == 32 or one["tokens"] > 8:  # else a wave takes 32 keys
-        print("CLOSE", one["kv"], float((found.float() - twin.float()).norm() / twin.float().norm()), bool((found==twin).all()))
+        print(
+            "CLOSE",
+            one["kv"],
+            float((found.float() - twin.float()).norm() / twin.float().norm()),
+            bool((found == twin).all()),
+        )
 
 
 @pytest.fixture(params=["rdna4", "rdna3", "portable"])
