@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.planning.plan import Plan
@@ -80,7 +81,9 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
     if server.chat_template is not None:
         flags += ["--chat-template", str(server.chat_template)]
     if plan.num_speculative_tokens:
-        speculation = {"method": "mtp", "num_speculative_tokens": plan.num_speculative_tokens}
+        speculation: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": plan.num_speculative_tokens}
+        if plan.attention_backend:  # vLLM's first model runner does not hand the target's on to the draft
+            speculation["attention_backend"] = plan.attention_backend
         flags += ["--speculative-config", json.dumps(speculation)]
     if plan.enforce_eager:
         flags.append("--enforce-eager")

@@ -172,7 +172,8 @@ ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-nam
     --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
     --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
     --middleware step128_launcher.middleware.RequireApiKey
-    --speculative-config '{"method": "mtp", "num_speculative_tokens": 3}' --attention-backend CUSTOM
+    --speculative-config '{"method": "mtp", "num_speculative_tokens": 3, "attention_backend": "CUSTOM"}'
+    --attention-backend CUSTOM
     --disable-cascade-attn --mm-encoder-attn-backend=TRITON_ATTN --disable-custom-all-reduce"""
 ENVIRONMENT = {
     "STEP128_LOAD_REPORT_DIR": "STATE/load-reports",

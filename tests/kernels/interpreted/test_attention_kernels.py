@@ -124,3 +124,14 @@ def test_new_tokens_are_stored_bit_for_bit_as_the_reference_stores_them(kv: str,
     nan = ((found.view(torch.uint8) & 0x7F) == 0x7F) & ((wanted.view(torch.uint8) & 0x7F) == 0x7F)
     assert (same | nan).all() if kv == "fp8" else same.all()
     assert (found.float() != 85).any()
+
+
+@pytest.mark.parametrize("kv, tokens, window", [("fp8", 4, 0), ("bf16", 1, 32), ("fp8", 9, 0)])
+def test_what_tune_and_the_gpu_test_run_is_right(kv: str, tokens: int, window: int) -> None:
+    from step128_kernels.attention.runner import attention_runner
+    from step128_kernels.attention.shape import AttentionCall
+
+    config = PREFILL if tokens > 8 else decode(3)
+    kernel, reference = attention_runner(AttentionCall(layer(4, window, kv=kv), 2, tokens, 90), config, device="cpu")
+    wanted = reference()
+    assert error(kernel(), wanted) < 3e-3 and not wanted.isnan().any()
