@@ -26,7 +26,7 @@ COUNTED_CONTEXT = 8192
 """Below it, what every work-group does once (queries, result, the sum) costs more than the keys."""
 MOST_INSTRUCTIONS_PER_BYTE = {1: 3.0, 4: 8.0}
 """Of an FP8 cache on gfx1201, by query tokens: lanes' instructions of every kind, the sum over the splits included."""
-SIXTEEN_ROWS = 3.0
+SIXTEEN_ROWS = 4.0
 """The same of a sliding layer's loop for each 16 query rows (see test_sliding_layers)."""
 
 
@@ -179,7 +179,7 @@ def test_sliding_layers(reports: dict[str, Report]) -> None:
             f"{32 * instructions / keys:.1f} for the keys; {deep.workgroups} work-groups, "
             f"{deep.modelled_seconds * 1e6:.1f} us to issue (modelled)"
         )
-        assert 32 * instructions / keys <= SIXTEEN_ROWS * 1.5 * row_tiles
+        assert 32 * instructions / keys <= SIXTEEN_ROWS * row_tiles
 
 
 @pytest.mark.parametrize("arch", ARCHS)

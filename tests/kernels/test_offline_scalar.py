@@ -8,10 +8,10 @@ from offline_kernels import counted_loop, launch
 from step128_kernels.errors import CountingError
 from step128_kernels.offline.asm import parse_assembly
 from step128_kernels.offline.floats import SCALAR_FLOATS, VECTOR_FLOATS, as_bits, as_float
-from step128_kernels.offline.machine import FULL, Unknown, both, differ, either, invert, unknown
+from step128_kernels.offline.machine import FULL, Unknown, X, both, differ, either, invert, unknown
 from step128_kernels.offline.operands import literal, scalar_index, vector_indices
 from step128_kernels.offline.salu import SCALAR_OPS
-from step128_kernels.offline.scalar import WaveRunner
+from step128_kernels.offline.scalar import UndecidedError, WaveRunner
 
 WORDS = st.integers(0, FULL)
 
@@ -62,6 +62,20 @@ def test_kernel_argument_decides_a_loop() -> None:
 	s_cbranch_scc1 .LBB0_1
 	s_endpgm"""
     assert run(code, n=9) == [1, 9, 1]
+
+
+@pytest.mark.parametrize("n", [(5 << 32) + 7, -(5 << 32), 1 << 31, (1 << 64) - 1])
+def test_a_long_argument_has_64_bits(n: int) -> None:
+    """Triton makes int64 of what int32 does not hold."""
+    for register, half in (("s4", n & FULL), ("s5", n >> 32 & FULL)):
+        code = f"s_load_b64 s[4:5], s[0:1], 0x10\n s_cmp_eq_u32 {register}, {half:#x}"
+        assert run(f"{code}\n s_cbranch_scc0 .LBB0_2\n s_nop 0\n.LBB0_2:\n s_endpgm", n)[1] == 1
+
+
+@pytest.mark.parametrize("n", [7, -7, (1 << 31) - 1])
+def test_a_short_argument_leaves_the_next_alone(n: int) -> None:
+    code = "s_load_b64 s[4:5], s[0:1], 0x10\n s_cmp_eq_u32 s5, 0"
+    assert run(f"{code}\n s_cbranch_scc0 .LBB0_2\n s_nop 0\n.LBB0_2:\n s_endpgm", n)[1] == 1
 
 
 def test_program_number_is_in_ttmp9() -> None:
@@ -193,3 +207,59 @@ def test_floats_beyond_the_largest_are_infinite() -> None:
     assert as_float(VECTOR_FLOATS["v_rcp_f32"](0)) == float("inf")
     assert SCALAR_FLOATS["s_cvt_u32_f32"].compute(as_bits(-3.0))[0] == 0
     assert SCALAR_FLOATS["s_cvt_u32_f32"].compute(as_bits(1e30))[0] == FULL
+
+
+@pytest.mark.parametrize(
+    ("opcode", "values", "result"),
+    [
+        ("v_min_i32", (-3, 2), -3),
+        ("v_max_i32", (-3, 2), 2),
+        ("v_min_u32", (-3, 2), 2),
+        ("v_max_u32", (-3, 2), -3),
+        ("v_min3_i32", (5, -7, 6), -7),
+        ("v_max3_i32", (5, -7, 6), 6),
+        ("v_min3_u32", (5, -7, 6), 5),
+        ("v_max3_u32", (5, -7, 6), -7),
+    ],
+)
+def test_loop_bounds_that_the_vector_unit_computed(opcode: str, values: tuple[int, ...], result: int) -> None:
+    """As in vLLM's attention with a window, whose first and last tile are v_max3 and v_min3 of scalars."""
+    moves = "\n".join(f" s_mov_b32 s{4 + i}, {value}" for i, value in enumerate(values))
+    sources = ", ".join(f"s{4 + i}" for i in range(len(values)))
+    code = f"{moves}\n {opcode} v1, {sources}\n v_readfirstlane_b32 s9, v1\n s_cmp_eq_u32 s9, "
+    assert reaches(f"{code}{result}")
+    assert not reaches(f"{code}{result + 1}")
+
+
+@pytest.mark.parametrize("relation", ["lt", "le", "eq", "ne", "ge", "gt"])
+@pytest.mark.parametrize(("a", "b"), [(-1, 1), (1, -1), (4, 4)])
+def test_comparisons_in_which_all_lanes_agree(relation: str, a: int, b: int) -> None:
+    for kind, mask in (("i32", None), ("u32", FULL)):
+        x, y = (a, b) if mask is None else (a & mask, b & mask)
+        holds = {"lt": x < y, "le": x <= y, "eq": x == y, "ne": x != y, "ge": x >= y, "gt": x > y}[relation]
+        code = f"v_mov_b32 v1, {a}\n v_mov_b32 v2, {b}\n v_cmp_{relation}_{kind} vcc_lo, v1, v2"
+        ran = run(f"{code}\n s_cbranch_vccz .LBB0_2\n s_nop 0\n.LBB0_2:\n s_endpgm")
+        assert (ran[1] == 1) == holds
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "v_cmp_gt_i32 vcc_lo, 5, v0",  # lanes' own numbers
+        "v_mov_b32 v1, 3\n v_cmp_lt_f32 vcc_lo, v1, v1",  # not integers
+        "v_mov_b32 v1, 3\n v_cmpx_gt_i32 v0, v1\n v_cmp_eq_u32 vcc_lo, v1, v1",  # only of some lanes
+    ],
+)
+def test_comparisons_that_lanes_may_decide_differently_stay_unknown(code: str) -> None:
+    with pytest.raises(UndecidedError):
+        run(f"{code}\n s_cbranch_vccz .LBB0_2\n s_nop 0\n.LBB0_2:\n s_endpgm")
+
+
+def test_what_a_comparison_depends_on_reaches_the_branch() -> None:
+    """Programs that differ in it must all be run."""
+    code = "v_mov_b32 v1, ttmp9\n v_cmp_gt_u32 vcc_lo, v1, 1\n s_cbranch_vccz .LBB0_2\n s_nop 0\n.LBB0_2:\n s_endpgm"
+    assembly = parse_assembly(FRAME.format(code=code))
+    runner = WaveRunner(assembly, "gfx1201", launch(counted_loop, {"n": 1}, grid=(4, 1, 1)), ("x_ptr", "out_ptr", "n"))
+    found = [runner.run((x, 0, 0), 0, {}) for x in range(4)]
+    assert [trace.counts[1] for trace in found] == [0, 0, 1, 1]
+    assert all(trace.depends == X for trace in found)

@@ -102,7 +102,8 @@ class Memory:
                 self._names[number] = name
                 self._segment[offset : offset + 8] = (number << _SEGMENT_SHIFT).to_bytes(8, "little")
             else:
-                self._segment[offset : offset + 4] = _argument(launch.scalars[name])
+                content = _argument(launch.scalars[name])
+                self._segment[offset : offset + len(content)] = content
 
     def pointer(self, address: int) -> str | None:
         """Name of the pointer argument that an address was made from."""
@@ -140,8 +141,11 @@ class Memory:
 
 
 def _argument(value: int | float) -> bytes:
-    """32 bits of a run-time argument."""
-    return struct.pack("<f", value) if isinstance(value, float) else (value & FULL).to_bytes(4, "little")
+    """A run-time argument as Triton passes it: float32, or the narrowest of int32, int64 and uint64 that holds it."""
+    if isinstance(value, float):
+        return struct.pack("<f", value)
+    size_bytes = 4 if -(1 << 31) <= value < 1 << 31 else 8
+    return (value & (1 << 8 * size_bytes) - 1).to_bytes(size_bytes, "little")
 
 
 def _words(content: bytes) -> list[Value]:

@@ -103,6 +103,21 @@ def read_operand(operand: str, bits: int) -> Source:
     return pair
 
 
+def read_vector(operand: str) -> Callable[[Wave], tuple[Value, int, bool]]:
+    """Read what vector instructions do: the first lane's value, what it depends on, and whether all lanes have it."""
+    registers = vector_indices(operand)
+    if registers:
+        missing = (unknown("vector arithmetic"), 0, False)
+        if not re.fullmatch(r"v\d+|v\[\d+:\d+\]", operand):
+            return lambda wave: missing
+        return lambda wave: wave.vectors.get(registers[0], missing)
+    try:
+        source = read_operand(operand, 32)
+    except CountingError:
+        return lambda wave: (unknown("vector arithmetic"), 0, False)
+    return lambda wave: (*source(wave), True)
+
+
 def registers_of(operand: str, bits: int = 32) -> frozenset[int]:
     """Registers that an operand reads, vector registers from ``VECTOR_BASE``."""
     index = scalar_index(operand)

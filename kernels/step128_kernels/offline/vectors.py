@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from step128_kernels.errors import CountingError
 from step128_kernels.offline.asm import Assembly, Instruction
+from step128_kernels.offline.compares import compare_step, followed, unknown_mask
 from step128_kernels.offline.floats import VECTOR_FLOATS
-from step128_kernels.offline.machine import EXEC, FULL, Memory, Unknown, Value, Wave, unknown
+from step128_kernels.offline.machine import EXEC, FULL, Memory, Unknown, Wave, unknown
 from step128_kernels.offline.operands import (
     LOAD_BYTES,
     Step,
     literal,
     read_operand,
+    read_vector,
     registers_of,
     scalar_index,
     scalar_register,
@@ -37,6 +38,14 @@ _VECTOR: dict[str, Callable[..., int]] = {
     "v_bfe_u32": lambda a, b, c: a >> (b & 31) & ((1 << (c & 31)) - 1),
     "v_lshl_add_u32": lambda a, b, c: (a << (b & 31)) + c,
     "v_mul_lo_u32": lambda a, b: a * b,
+    "v_min_i32": lambda *of: min(map(signed, of)),
+    "v_max_i32": lambda *of: max(map(signed, of)),
+    "v_min3_i32": lambda *of: min(map(signed, of)),
+    "v_max3_i32": lambda *of: max(map(signed, of)),
+    "v_min_u32": min,
+    "v_max_u32": max,
+    "v_min3_u32": min,
+    "v_max3_u32": max,
     **VECTOR_FLOATS,
 }
 _SECOND_DESTINATION = re.compile(r"v_(\w+_co_\w+|div_scale_\w+|mad_[ui]64_[ui]32)$")
@@ -51,6 +60,8 @@ def wanted_vectors(assembly: Assembly) -> set[int]:
             for opcode, operands in instruction.parts:
                 if opcode in ("v_readfirstlane_b32", "v_readlane_b32"):
                     wanted.update(vector_indices(operands[1]))
+                elif followed(opcode):
+                    wanted.update(index for operand in operands[1:] for index in vector_indices(operand))
                 elif opcode in _VECTOR or re.match(r"(buffer|global)_load_", opcode):
                     sources = {index for operand in operands[1:] for index in vector_indices(operand)}
                     flows.append((set(vector_indices(operands[0])), sources))
@@ -59,20 +70,6 @@ def wanted_vectors(assembly: Assembly) -> set[int]:
         if not more:
             return wanted
         wanted |= more
-
-
-def _vector_source(operand: str) -> Callable[[Wave], tuple[Value, int, bool]]:
-    registers = vector_indices(operand)
-    if registers:
-        missing = (unknown("vector arithmetic"), 0, False)
-        if not re.fullmatch(r"v\d+|v\[\d+:\d+\]", operand):
-            return lambda wave: missing
-        return lambda wave: wave.vectors.get(registers[0], missing)
-    try:
-        source = read_operand(operand, 32)
-    except CountingError:
-        return lambda wave: (unknown("vector arithmetic"), 0, False)
-    return lambda wave: (*source(wave), True)
 
 
 def vector_steps(opcode: str, operands: tuple[str, ...], wanted: set[int]) -> list[Step]:
@@ -85,7 +82,7 @@ def vector_steps(opcode: str, operands: tuple[str, ...], wanted: set[int]) -> li
     if opcode == "v_writelane_b32":
         return [_write_lane(operands)]
     if opcode.startswith("v_cmpx"):
-        return [_compared(EXEC, written(EXEC))]
+        return [unknown_mask(EXEC, written(EXEC))]
     if not operands:
         return steps
     destinations = operands[:2] if _SECOND_DESTINATION.match(opcode) or opcode.startswith("v_swap") else operands[:1]
@@ -94,7 +91,7 @@ def vector_steps(opcode: str, operands: tuple[str, ...], wanted: set[int]) -> li
         if index is not None and opcode.startswith("v_s_"):
             steps.append(_pseudo_scalar(opcode, index, operands[1:]))
         elif index is not None and opcode.startswith("v_"):
-            steps.append(_compared(index, frozenset()))
+            steps.append(compare_step(opcode, index, operands))
     touched = [index for operand in destinations for index in vector_indices(operand) if index in wanted]
     is_store = "_store_" in opcode
     if touched and not is_store:
@@ -102,22 +99,10 @@ def vector_steps(opcode: str, operands: tuple[str, ...], wanted: set[int]) -> li
     return steps
 
 
-def _compared(target: int, reads: frozenset[int]) -> Step:
-    """A comparison of vectors: some lanes of those it depends on."""
-
-    def step(wave: Wave) -> None:
-        depends = 0
-        for index in reads:
-            depends |= wave.depends[index]
-        write_scalar(wave, target, 32, unknown("a comparison of vectors"), depends)
-
-    return Step(step, reads, written(target))
-
-
 def _vector_arithmetic(opcode: str, operands: tuple[str, ...], touched: list[int]) -> Step:
     compute = _VECTOR.get(opcode)
     plain = compute is not None and not any(re.search(r"[:|\s.]", operand) for operand in operands)
-    sources = [_vector_source(operand) for operand in operands[1:]] if plain else []
+    sources = [read_vector(operand) for operand in operands[1:]] if plain else []
 
     def step(wave: Wave) -> None:
         found = [source(wave) for source in sources]
@@ -150,7 +135,7 @@ def _pseudo_scalar(opcode: str, target: int, operands: tuple[str, ...]) -> Step:
 
 
 def _read_lane(target: int, operand: str, lane: str | None) -> Step:
-    source = _vector_source(operand)
+    source = read_vector(operand)
     register = vector_indices(operand)
     number = literal(lane, 32) if lane is not None and scalar_index(lane) is None else None
 
@@ -184,7 +169,7 @@ def load_step(instruction: Instruction, memory: Memory, wanted: set[int], seen: 
     base_index = scalar_index(base_operand) or 0
     base = read_operand(base_operand, 64) if scalar_index(base_operand) is not None else None
     address = instruction.operands[1]
-    offset = (lambda wave: (0, 0, True)) if address == "off" and is_buffer else _vector_source(address)
+    offset = (lambda wave: (0, 0, True)) if address == "off" and is_buffer else read_vector(address)
     extra = re.search(r"offset:(-?\w+)", instruction.text)
     constant = int(extra[1], 0) if extra else 0
     scalar_text = instruction.operands[3].split()[0] if is_buffer else "0"
