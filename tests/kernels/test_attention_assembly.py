@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from isa import AsmBlock
+from isa import AsmBlock, AsmError
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -45,9 +45,9 @@ def wanted(nan: float) -> Halves:
     return value[ELEMENTS & 0xFF], value[ELEMENTS >> 8]
 
 
-def by_rdna4(pairs: str = PAIRS, narrow: str = NARROW) -> Halves:
+def by_rdna4(pairs: str = PAIRS, narrow: str = NARROW, constraints: str = PAIRS_CONSTRAINTS) -> Halves:
     """As ``halves`` joins the two blocks: a pair an element, then both elements' low and both elements' high words."""
-    words = [pair.view(np.uint32).reshape(-1, 2) for pair in AsmBlock(pairs, PAIRS_CONSTRAINTS).run(WORDS)]
+    words = [pair.view(np.uint32).reshape(-1, 2) for pair in AsmBlock(pairs, constraints).run(WORDS)]
     block = AsmBlock(narrow, NARROW_CONSTRAINTS)
     low, high = (
         block.run(*(np.ascontiguousarray(pair[:, half]) for pair in words))[0].view(np.float16).reshape(-1, 2)
@@ -56,8 +56,8 @@ def by_rdna4(pairs: str = PAIRS, narrow: str = NARROW) -> Halves:
     return low, high
 
 
-def by_rdna3() -> Halves:
-    low, high = (half.view(np.float16).reshape(-1, 2) for half in AsmBlock(SHIFTS, SHIFTS_CONSTRAINTS).run(WORDS))
+def by_rdna3(text: str = SHIFTS, constraints: str = SHIFTS_CONSTRAINTS) -> Halves:
+    low, high = (half.view(np.float16).reshape(-1, 2) for half in AsmBlock(text, constraints).run(WORDS))
     return low, high
 
 
@@ -98,6 +98,38 @@ def test_a_wrong_half_or_register_shows_on_gfx12(right: str, wrong: str) -> None
 @pytest.mark.parametrize("narrow", ["$0, $2, $1", "$0, $1, $1", "$0, $1, 0"])
 def test_wrong_operands_of_the_narrowing_show(narrow: str) -> None:
     assert not same(by_rdna4(narrow=NARROW.replace("$0, $1, $2", narrow)), wanted(float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("v_lshlrev_b32 $0, 8", "v_lshlrev_b32 $0, 7"),
+        ("v_lshlrev_b32 $0, 8", "v_lshrrev_b32 $0, 8"),
+        ("v_pk_ashrrev_i16 $1", "v_pk_lshrrev_b16 $1"),  # loses the sign
+        ("v_pk_ashrrev_i16 $0", "v_pk_lshrrev_b16 $0"),
+        ("v_pk_ashrrev_i16 $1, 1", "v_pk_ashrrev_i16 $1, 2"),
+        ("v_and_b32 $1, 0xbf80bf80", "v_and_b32 $1, 0xbfc0bf80"),  # a bit of the other byte
+        ("v_and_b32 $0, 0xbf80bf80", "v_and_b32 $0, 0xbf803f80"),
+        ("$1, 0x5c00", "$1, 0x5800"),
+        ("v_pk_mul_f16 $0, $0", "v_pk_mul_f16 $0, $1"),
+        ("v_pk_mul_f16 $0", "v_pk_add_f16 $0"),
+    ],
+)
+def test_a_wrong_opcode_or_constant_shows_on_gfx11(right: str, wrong: str) -> None:
+    assert right in SHIFTS
+    assert not same(by_rdna3(SHIFTS.replace(right, wrong)), wanted(480.0))
+
+
+def test_a_constant_for_the_low_half_only_is_refused() -> None:
+    """Without op_sel_hi 0 the high element would be multiplied by the constant's high half."""
+    with pytest.raises(AsmError, match="op_sel_hi"):
+        by_rdna3(SHIFTS.replace("0x5c00 op_sel_hi:[1,0]", "0x5c00"))
+
+
+def test_a_missing_early_clobber_is_found() -> None:
+    for convert in (lambda: by_rdna4(constraints="=v,=&v,v"), lambda: by_rdna3(constraints="=v,=&v,v")):
+        with pytest.raises(AsmError, match=r"\$0 needs =&v"):
+            convert()
 
 
 @triton.jit

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from step128_kernels.bench import command
-from step128_kernels.bench.command import nvidia_driver, select_tasks
+from step128_kernels.bench.command import nvidia_driver
 from step128_kernels.bench.measure import Load, Result, Subject, Task, Timing
 from step128_kernels.bench.report import Setting
+from step128_kernels.bench.selection import select_tasks
 from step128_kernels.bench.timing import summary
 from step128_kernels.cases import SHAPES
 from step128_kernels.cli import main
@@ -182,18 +183,18 @@ def test_whatever_goes_wrong_the_last_line_is_one_document(
 
 
 def test_tasks_of_a_shape_are_side_by_side() -> None:
-    tasks = select_tasks(SHAPES, None, None, (1, 8))
+    tasks = select_tasks(list(SHAPES), None, (1, 8))
     assert len(tasks) == 2 * sum(map(len, SHAPES.values()))
     assert [task.m for task in tasks[:4]] == [1, 8, 1, 8] and tasks[0].shape == tasks[1].shape
-    (one,) = select_tasks(SHAPES, None, [{"N": 48, "K": 64}], (3,))
+    (one,) = select_tasks(None, [{"N": 48, "K": 64}], (3,))
     assert one == Task("nl4_gemm", {"N": 48, "K": 64}, 3)
 
 
 def test_unknown_kernels_and_shapes_are_refused() -> None:
     with pytest.raises(NoSuchKernelError, match=r"gemm: no such kernel; there are nl4_gemm, nl4_moe"):
-        select_tasks(SHAPES, ["gemm"], None, (1,))
-    with pytest.raises(UsageError, match="nl4_gemm: N=…,K=…; nl4_moe: E=…"):
-        select_tasks(SHAPES, None, [{"N": 48}], (1,))
+        select_tasks(["gemm"], None, (1,))
+    with pytest.raises(UsageError, match=r"nl4_gemm: N=…,K=…; nl4_moe: E=….*; attention_fp8: Hq=…,Hkv=…,D=…,W=…"):
+        select_tasks(None, [{"N": 48}], (1,))
 
 
 def test_a_timing_is_the_median_and_the_middle_of_the_calls() -> None:
@@ -210,18 +211,18 @@ def test_driver_of_nvidia(tmp_path: Path) -> None:
 
 _INTERPRETED = """
 import sys, torch
-from step128_kernels.bench import gpu
+from step128_kernels.bench import nl4
 from step128_kernels.bench.command import bench
 from step128_kernels.bench.gpu import GpuMachine, Vllm
 from step128_kernels.bench.measure import Task, Timing
 from step128_kernels.bench.report import Setting
 
 if sys.argv[1] == "broken":
-    right = gpu.moe_runner
+    right = nl4.moe_runner
     def broken(*arguments, **keywords):
         call, reference = right(*arguments, **keywords)
         return (lambda: call() * 1.05), reference
-    gpu.moe_runner = broken
+    nl4.moe_runner = broken
 moe = {"E": 5, "N": 48, "K": 96, "top_k": 2}
 tasks = [Task("nl4_gemm", {"N": 80, "K": 80}, m) for m in (1, 3)] + [Task("nl4_moe", moe, m) for m in (1, 3)]
 time = lambda call: Timing(1e-6, 1e-6, 1e-6, 1)

@@ -122,6 +122,8 @@ class Report:
     wmma: int = 0
     ranking_seconds: float = 1e-5
     tile_bits: int | None = 128
+    workgroups: int = 1
+    lane_inst_per_byte: float = 0.0
 
     @property
     def load_bits(self) -> dict[str, int]:
@@ -150,6 +152,54 @@ class Report:
 )
 def test_gates(report: Report, judged: Candidate, missed: str | None) -> None:
     assert outcome_of(report, judged) == Outcome(seconds=1e-5, missed=missed)
+
+
+@dataclass
+class AttentionReport(Report):
+    """Loads no weights, and misses what the gates of weights ask for."""
+
+    wmma: int = 1
+    waves_per_simd: float = 1.0
+    valu_per_weight: float = 80.0
+    tile_bits: int | None = None
+    workgroups: int = 128
+    lane_inst_per_byte: float = 3.0
+
+
+def attention(
+    rows: int = 1, phase: str = "decode", kv: str = "fp8", context: int = 65536, window: int = 0, arch: str = "gfx1201"
+) -> Candidate:
+    shape = {"Hq": 16, "Hkv": 2, "D": 128, "W": window, "C": context}
+    return Candidate(Target(f"attention_{kv}", shape, "some GPU", arch), rows, {"phase": phase})
+
+
+@pytest.mark.parametrize(
+    ("report", "judged", "missed"),
+    [
+        (AttentionReport(), attention(), None),
+        (AttentionReport(wmma=0), attention(), "no WMMA"),
+        (AttentionReport(wmma=0), attention(2048, "prefill"), "no WMMA"),
+        (AttentionReport(workgroups=127), attention(), "fewer than 2 work-groups for each compute unit"),
+        (AttentionReport(workgroups=127), attention(context=204800), "fewer than 2 work-groups for each compute unit"),
+        (AttentionReport(workgroups=1), attention(context=8192), None),
+        (AttentionReport(workgroups=80, lane_inst_per_byte=30), attention(arch="gfx1151"), None),
+        (AttentionReport(workgroups=79), attention(arch="gfx1151"), "fewer than 2 work-groups for each compute unit"),
+        (AttentionReport(lane_inst_per_byte=3.1), attention(), "more than 3 instructions per byte of the KV cache"),
+        (AttentionReport(lane_inst_per_byte=8.0), attention(4), None),
+        (AttentionReport(lane_inst_per_byte=8.1), attention(4), "more than 8 instructions per byte of the KV cache"),
+        (AttentionReport(lane_inst_per_byte=30), attention(32), None),
+        (AttentionReport(lane_inst_per_byte=30), attention(kv="bf16"), None),
+        (AttentionReport(lane_inst_per_byte=30), attention(context=1024), None),
+        (AttentionReport(workgroups=1, lane_inst_per_byte=30), attention(context=512, window=512), None),
+        (AttentionReport(workgroups=1, lane_inst_per_byte=30), attention(2048, "prefill"), None),
+    ],
+)
+def test_gates_of_attention(report: AttentionReport, judged: Candidate, missed: str | None) -> None:
+    assert outcome_of(report, judged) == Outcome(seconds=1e-5, missed=missed)
+
+
+def test_spills_rule_attention_out() -> None:
+    assert outcome_of(AttentionReport(spills=1), attention()) == Outcome(problem="spills registers")
 
 
 @pytest.mark.parametrize("report", [Report(spills=1), Report(scratch_bytes=4, tile_bits=64)])

@@ -23,6 +23,8 @@ SHAPES = {
     "nl4_gemm": ({"N": 2560, "K": 4096}, {"N": 4096, "K": 1280}),
     "nl4_moe": ({"E": 240, "N": 320, "K": 4096, "top_k": 8},),
 }
+LAYER = {"Hq": 16, "Hkv": 2, "D": 128, "W": 0, "C": 65536}
+ATTENTION = {"attention_fp8": (LAYER,), "attention_bf16": (LAYER,)}
 R9700 = Gpu("AMD_Radeon_R9700", "gfx1201", "amdgpu 6.14")
 H200 = Gpu("NVIDIA_H200", "", None)
 
@@ -62,6 +64,21 @@ def test_another_arch_than_the_gpus_is_modelled() -> None:
     for gpu in (R9700, H200):
         targets, measured = planned(gpu, "--arch", "gfx1151", "--kernel", "nl4_gemm", "--shape", "K=64,N=32")
         assert (targets, measured) == (["nl4_gemm N=32,K=64 on AMD_Radeon_8060S gfx1151"], False)
+
+
+def test_attention_is_two_kernels() -> None:
+    for arguments in (("--attention",), ("--kernel", "attention"), ("--attention", "--kernel", "attention_fp8")):
+        found = plan(options(*arguments), SHAPES | ATTENTION, R9700)
+        assert {target.kernel for target in found.targets} == set(ATTENTION)
+        assert len(found.targets) == 2
+    shape = ("--shape", "Hq=24,Hkv=2,D=128,W=512,C=512")
+    [target] = plan(options("--kernel", "attention_fp8", *shape), SHAPES | ATTENTION, R9700).targets
+    assert target.path(Path()).name == "Hq=24,Hkv=2,D=128,W=512,C=512,device_name=AMD_Radeon_R9700,dtype=fp8.json"
+    with pytest.raises(UsageError, match="one --kernel"):
+        plan(options("--attention", *shape), SHAPES | ATTENTION, R9700)
+    with pytest.raises(UsageError, match="24 query heads over 1 KV heads"):
+        bad = ("--shape", "Hq=24,Hkv=1,D=128,W=512,C=512")
+        plan(options("--kernel", "attention_fp8", *bad), SHAPES | ATTENTION, R9700)
 
 
 @pytest.mark.parametrize(

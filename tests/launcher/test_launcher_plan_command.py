@@ -262,7 +262,8 @@ CODES: list[tuple[list[str], str, int, str]] = [
     (["--attention-backend", "ROCM_ATTN", "--max-model-len", "200000"], "quad-r9700", 2, "ROCM_ATTN is for contexts"),
     (["--profile", "cpu"], "quad-r9700", 3, "102.00 GiB may be used"),
     (["--enable-expert-parallel"], "quad-r9700", 0, ""),
-    (["--dtype", "float32"], "quad-48gb", 0, ""),
+    (["--dtype", "float32"], "quad-48gb", 2, "--attention-backend TRITON_ATTN"),
+    (["--dtype", "float32", "--attention-backend", "TRITON_ATTN"], "quad-48gb", 0, ""),
 ]
 
 

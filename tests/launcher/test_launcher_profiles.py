@@ -142,6 +142,18 @@ BAD: dict[str, tuple[Change, str]] = {
     "text for a number": (_set("limits", "max_num_seqs", value="many"), "limits.max_num_seqs needs a whole number"),
     "flag for a number": (_set("limits", "max_num_seqs", value=True), "limits.max_num_seqs needs a whole number"),
     "number for a flag": (_set("vllm", "enforce_eager", value=1), "vllm.enforce_eager needs true or false"),
+    "faster dtype without source": (
+        _set("vllm", "attention_backends", value=[{"name": "CUSTOM", "faster_kv_cache_dtype": "fp8"}]),
+        "with a faster_kv_cache_dtype that is a mapping of value and source",
+    ),
+    "unknown faster dtype": (
+        _set(
+            "vllm",
+            "attention_backends",
+            value=[{"name": "CUSTOM", "faster_kv_cache_dtype": {"value": "int8", "source": "x"}}],
+        ),
+        "with a faster_kv_cache_dtype that is a mapping of value (one of auto, fp8",
+    ),
     "unknown dtype": (_set("vllm", "dtype", value="int4"), "vllm.dtype needs one of bfloat16, float32, found 'int4'"),
     "unknown device": (_set("device", value="tpu"), "device needs one of cpu, rocm, cuda"),
     "odd block size": (_set("vllm", "block_size", value=100), "vllm.block_size needs a multiple of"),

@@ -213,13 +213,18 @@ def test_the_attention_backend_that_is_named_must_serve(
     right = [replace(report, attention_backend="CUSTOM", attention_path="triton") for report in good.reports]
     seen = replace(good, reports=right)
     assert attention_check(custom, footprint, seen) == Check("attention", Outcome.PASS, "CUSTOM")
-    wrong: tuple[tuple[str | None, str | None], ...]
-    wrong = (("TRITON_ATTN", None), ("CUSTOM", "torch"), ("CUSTOM+TRITON_ATTN", "triton"), (None, None))
-    for backend, path in wrong:
+    wrong: tuple[tuple[str | None, str | None, str], ...]
+    wrong = (
+        ("TRITON_ATTN", None, "vLLM chose another backend"),
+        ("CUSTOM", "torch", "slow torch reference computes on the GPU"),
+        ("CUSTOM+TRITON_ATTN", "triton", "vLLM chose another backend"),
+        (None, None, "does not say which backend serves: it is of an older plugin"),
+    )
+    for backend, path, meaning in wrong:
         changed = change(attention_backend=backend, attention_path=path)(seen, custom)
         found = attention_check(custom, footprint, changed)
         assert found.outcome is Outcome.FAIL
-        assert f"path {path}; expected CUSTOM, path triton" in found.detail
+        assert f"{backend}, path {path}; expected CUSTOM, path triton. " in found.detail and meaning in found.detail
     other = replace(custom, attention_backend="TRITON_ATTN")
     theirs = [replace(report, attention_backend="TRITON_ATTN", attention_path=None) for report in good.reports]
     assert attention_check(other, footprint, replace(good, reports=theirs)).outcome is Outcome.PASS

@@ -71,8 +71,6 @@ def call_case(call: AttentionCall, config: Config, arch: str) -> KernelCase:
     """All launches of any call with a config, with the lengths that their loops depend on."""
     shape = call.shape
     make = prefill_launches if config["phase"] == "prefill" else decode_launches
-    keys = min(call.context_tokens, shape.window + call.query_tokens - 1) if shape.window else call.context_tokens
-    kv_bytes = call.sequences * keys * shape.key_bytes
     return KernelCase(
         kernel=KERNELS.get(shape.kv_dtype, KERNELS["bf16"]),
         phase=str(config["phase"]),
@@ -88,8 +86,8 @@ def call_case(call: AttentionCall, config: Config, arch: str) -> KernelCase:
         },
         config={key: value for key, value in config.items() if isinstance(value, int)},
         launches=tuple(_with_lengths(launch, call) for launch in make(call, config, target_of(arch))),
-        weights=kv_bytes,
-        memory_bytes=kv_bytes,
+        weights=call.kv_bytes,
+        memory_bytes=call.kv_bytes,
         notes=(DATA_NOTE,),
         unit="KV byte",
     )

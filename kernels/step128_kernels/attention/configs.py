@@ -94,8 +94,12 @@ def choose(
     kernel = KERNELS.get(shape.kv_dtype, KERNELS["bf16"])
     table = load_config(kernel, dimensions(shape, context_tokens), name, arch, default=default, keys=KEYS)
     rows = sequences * query_tokens
-    served = {tuned: config for tuned, config in table.configs.items() if config["phase"] == phase}
+    served = _of_phase(table.configs, phase) or _of_phase(default, phase)
     return served[min(served, key=lambda tuned: (abs(log2(tuned / rows)), tuned))]
+
+
+def _of_phase(configs: Mapping[int, Config], phase: str) -> dict[int, Config]:
+    return {rows: config for rows, config in configs.items() if config["phase"] == phase}
 
 
 def batch_of(rows: int) -> tuple[int, int]:

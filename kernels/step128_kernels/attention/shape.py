@@ -69,3 +69,11 @@ class AttentionCall:
     """Most query tokens of a sequence."""
     context_tokens: int
     """Most keys of a sequence, the new ones included."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache that a call must read once: of each sequence its queries' windows, or all."""
+        keys = self.context_tokens
+        if self.shape.window:
+            keys = min(keys, self.shape.window + self.query_tokens - 1)
+        return self.sequences * keys * self.shape.key_bytes

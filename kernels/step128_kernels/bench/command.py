@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from step128_kernels.bench.measure import Machine, Outcome, Task, measure
 from step128_kernels.bench.report import Setting, document, sentences, table
-from step128_kernels.command_options import check_kernels
 from step128_kernels.errors import KernelToolError
-from step128_kernels.tune.options import UsageError, check_shape, parsed_shape
+from step128_kernels.tune.options import parsed_shape
+from step128_kernels.tuned.names import expanded
 
 _SUMMARY = "time our kernels against vLLM's and a copy on this GPU, correctness first"
 _DESCRIPTION = f"""{_SUMMARY}.
@@ -45,11 +45,20 @@ def add_parser(commands: Any, epilog: str) -> None:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel, such as nl4_gemm")
+    parser.add_argument(
+        "--kernel", action="append", metavar="NAME", help="only this kernel, such as nl4_gemm; attention is two of them"
+    )
     parser.add_argument("--m", type=_rows, default=_ROWS, metavar="M,…", help="activation rows (default: 1,4,8,32,512)")
     parser.add_argument(
         "--shape", action="append", type=parsed_shape, metavar="N=…,K=…", help="only this shape; default: all we ship"
     )
+    only = parser.add_argument_group("attention")
+    only.add_argument("--attention", action="store_true", help="--kernel attention_fp8, attention_bf16")
+    only.add_argument(
+        "--context", type=_rows, default=(), metavar="N,…", help="tokens of a sequence (default: 1k, 8k, 64k, 200k)"
+    )
+    only.add_argument("--q-len", type=_rows, default=(1, 4), metavar="N,…", help="query tokens of it (default: 1,4)")
+    only.add_argument("--batch", type=_rows, default=(1, 8), metavar="N,…", help="sequences (default: 1,8)")
     parser.add_argument("--json", action="store_true", help="no table, only the JSON document")
     parser.set_defaults(run=run, ends_with_json=True)
 
@@ -100,10 +109,13 @@ def _prepare(parsed: argparse.Namespace) -> tuple[list[Task], Machine, Setting]:
     from step128_kernels.offline.compile import require_triton
 
     require_triton()
-    from step128_kernels.cases import SHAPES
+    from step128_kernels.bench.attention import Batches
+    from step128_kernels.bench.selection import select_tasks
     from step128_kernels.gpu import this_gpu, versions
 
-    tasks = select_tasks(SHAPES, parsed.kernel, parsed.shape, parsed.m)
+    kernels = [*(parsed.kernel or ()), *(("attention",) if parsed.attention else ())]
+    batches = Batches(parsed.context, parsed.q_len, parsed.batch)
+    tasks = select_tasks(expanded(kernels), parsed.shape, parsed.m, batches)
     gpu = this_gpu()
     if gpu is None:
         raise NoGpuError(
@@ -126,37 +138,6 @@ def _prepare(parsed: argparse.Namespace) -> tuple[list[Task], Machine, Setting]:
     return tasks, GpuMachine(vllm, time_call, time_copy), setting
 
 
-def select_tasks(
-    shipped: Mapping[str, Sequence[Mapping[str, int]]],
-    kernels: Sequence[str] | None,
-    shapes: Sequence[Mapping[str, int]] | None,
-    rows: Sequence[int],
-) -> list[Task]:
-    """What to measure, a shape's tasks side by side so that its weights are made once.
-
-    Args:
-        shipped: shapes by kernel.
-        kernels: those wanted; None for all.
-        shapes: those wanted, of one kernel; None for all that are shipped.
-        rows: activation rows wanted.
-
-    Raises:
-        NoSuchKernelError: a kernel is not known.
-        UsageError: a shape lacks a dimension, belongs to no single kernel, or is that of no layer.
-    """
-    chosen = list(dict.fromkeys(kernels or shipped))
-    check_kernels(chosen, shipped)
-    if shapes:
-        chosen = [name for name in chosen if all(shape.keys() == shipped[name][0].keys() for shape in shapes)]
-    if not chosen:
-        known = "; ".join(f"{name}: {','.join(f'{key}=…' for key in all_[0])}" for name, all_ in shipped.items())
-        raise UsageError(f"--shape fits no kernel; their dimensions are {known}")
-    for name in chosen:
-        for shape in shapes or ():
-            check_shape(name, shape)
-    return [Task(name, shape, m) for name in chosen for shape in shapes or shipped[name] for m in rows]
-
-
 def nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """Version of NVIDIA's kernel driver, or None without one."""
     try:
@@ -169,5 +150,5 @@ def nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | Non
 def _rows(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of row counts; one looks like 1,4,8")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers above 0; one looks like 1,4,8")
     return tuple(dict.fromkeys(map(int, parts)))

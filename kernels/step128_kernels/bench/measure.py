@@ -11,7 +11,7 @@ from step128_kernels.testing import Closeness
 
 @dataclass(frozen=True)
 class Task:
-    """One kernel of ours at one shape with ``m`` activation rows."""
+    """One kernel of ours at one shape with ``m`` activation rows; of attention, query tokens of the batch."""
 
     kernel: str
     shape: Mapping[str, int]
@@ -30,11 +30,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Load:
-    """What a call reads of the weights."""
+    """What a call reads of the weights, or of the KV cache."""
 
     weights: int
     bytes: int
     """Indices and scales."""
+    unit: str = "weight"
+    """What ``weights`` counts; of attention "KV byte"."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Subject:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Weight and scale bytes a second."""
+        """Weight and scale bytes, or KV bytes, a second."""
         return None if self.timing is None else self.load.bytes / self.timing.median
 
     @property

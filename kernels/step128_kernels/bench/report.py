@@ -15,7 +15,10 @@ PORTABLE = (
     "This is not an AMD GPU: the portable path of our kernels was measured, not the AMD assembly. These times say "
     "nothing about an AMD GPU."
 )
-FORMATS = "vLLM's kernels read groups of 32 weights (4.5 bits per weight), ours of 16 (5.0); speed-ups are per weight"
+FORMATS = (
+    "vLLM's kernels read groups of 32 weights (4.5 bits per weight), ours of 16 (5.0); speed-ups are per weight, those "
+    "of attention per byte of the KV cache, of which both read the same"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def _result(outcome: Outcome, result: Result) -> dict[str, Any]:
         "kernel": result.task.kernel,
         "shape": dict(result.task.shape),
         "m": result.task.m,
+        "unit": result.ours.load.unit,
         "ours": _subject(outcome, result.ours),
         "vllm": [_subject(outcome, one) for one in result.rivals],
         "speedup_per_weight": speedup,

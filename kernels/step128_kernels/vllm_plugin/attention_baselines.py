@@ -52,8 +52,6 @@ def attention_baseline_case(name: str, call: AttentionCall, arch: str) -> Kernel
     loads: dict[str, int | tuple[int, ...]] = {"table": 0, "lengths": call.context_tokens, "starts": starts}
     record = _segmented if name == "vllm_segmented" else _unified
     launches = tuple(launch for one in record(call, arch, tensors, loads) for launch in one.launches)
-    keys = min(call.context_tokens, shape.window + call.query_tokens - 1) if shape.window else call.context_tokens
-    kv_bytes = call.sequences * keys * shape.key_bytes
     sizes = {key: value for key, value in launches[0].constants.items() if key in ("TILE_SIZE", "BLOCK_M", "BM", "BN")}
     return KernelCase(
         kernel=name,
@@ -62,8 +60,8 @@ def attention_baseline_case(name: str, call: AttentionCall, arch: str) -> Kernel
         shape={"q_len": call.query_tokens, "batch": call.sequences, "context": call.context_tokens, "W": shape.window},
         config={**sizes, "num_warps": launches[0].num_warps, "num_stages": launches[0].num_stages},
         launches=launches,
-        weights=kv_bytes,
-        memory_bytes=kv_bytes,
+        weights=call.kv_bytes,
+        memory_bytes=call.kv_bytes,
         unit="KV byte",
     )
 

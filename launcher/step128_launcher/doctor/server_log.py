@@ -55,6 +55,14 @@ def check_logged_attention(context: Context) -> Finding:
             f"{shown}, on {', '.join(targets)}: decoding is several times slower with it (ROCm/vllm#994)",
             "step128 serve --attention-backend CUSTOM; VLLM_ATTENTION_BACKEND is ignored by vLLM 0.32",
         )
+    named = context.profile.attention_backends if context.profile else ()
+    if targets and named and chosen != [named[0].name]:
+        return warned(
+            name,
+            f"{shown}, on {', '.join(targets)}; profile {context.profile.name if context.profile else ''} names "
+            f"{named[0].name} first",
+            "If you did not ask for it, serve without --attention-backend: the first of the profile is then named.",
+        )
     return passed(name, shown)
 
 

@@ -13,6 +13,7 @@ from step128_launcher.planning.objective import WISHED_CONTEXT_TOKENS
 from step128_launcher.planning.plan import Alternative, Limits
 from step128_launcher.planning.profile_schema import AttentionBackend
 from step128_launcher.planning.profiles import Profile
+from step128_launcher.planning.reserved import OUR_ATTENTION_BACKEND
 
 
 def usage_error(message: str, hint: str = "") -> LauncherError:
@@ -37,7 +38,14 @@ def make_space(
         )
     wished = context_ceiling(footprint, profile, limits)
     rejected: list[Alternative] = []
+    dtype = limits.dtype or profile.dtype
     backends = _attention_backends(profile, limits)
+    if dtype == "float32" and backends[0] is not None and backends[0].name == OUR_ATTENTION_BACKEND:
+        raise usage_error(
+            f"--dtype float32: our attention kernels ({OUR_ATTENTION_BACKEND}) take 16-bit values on a GPU, and vLLM "
+            "would refuse to start.",
+            _for_float32(profile),
+        )
     dtypes, refused = kv_cache_dtypes(footprint, profile, limits, backends[0])
     rejected += refused
     dtypes = _dtypes_of_backend(dtypes, backends[0], limits)
@@ -57,7 +65,7 @@ def make_space(
             "Give --max-num-batched-tokens and --max-num-seqs so that the first is not smaller.",
         )
     space = Space(
-        dtype=limits.dtype or profile.dtype,
+        dtype=dtype,
         block_size=block_size_tokens(footprint, profile, limits),
         enforce_eager=profile.enforce_eager if limits.enforce_eager is None else limits.enforce_eager,
         enable_expert_parallel=limits.enable_expert_parallel,
@@ -136,7 +144,7 @@ def kv_cache_dtypes(
         reason = f"needs calibrated scales from a quantized checkpoint; {why_not}"
         return ("auto",), (Alternative("kv_cache_dtype fp8", reason),)
     faster = backend.faster_kv_cache_dtype if backend is not None else None
-    prefers_fp8 = profile.prefer_fp8_kv_cache if faster is None else faster == "fp8"
+    prefers_fp8 = profile.prefer_fp8_kv_cache if faster is None else faster.value == "fp8"
     return ("fp8", "auto") if prefers_fp8 else ("auto", "fp8"), ()
 
 
@@ -240,6 +248,12 @@ def _attention_backends(profile: Profile, limits: Limits) -> tuple[AttentionBack
         return (known[0],)
     names = ", ".join(backend.name for backend in profile.attention_backends)
     raise usage_error(f"--attention-backend {asked} is not in profile {profile.name} (known there: {names or 'none'}).")
+
+
+def _for_float32(profile: Profile) -> str:
+    others = [backend.name for backend in profile.attention_backends if backend.name != OUR_ATTENTION_BACKEND]
+    other = f", or name another backend: --attention-backend {others[0]}" if others else ""
+    return f"Use --dtype bfloat16{other}."
 
 
 def _dtypes_of_backend(dtypes: tuple[str, ...], backend: AttentionBackend | None, limits: Limits) -> tuple[str, ...]:

@@ -37,9 +37,10 @@ def explain_choice(
     if best.load.attention_backend:
         backend = next(one for one in space.attention_backends if one and one.name == best.load.attention_backend)
         sentences.append(f"Attention backend {backend.name}: {backend.why}.")
-        if backend.faster_kv_cache_dtype:
-            name = _dtype_name(backend.faster_kv_cache_dtype)
-            sentences.append(f"With it a KV cache in {name} is the faster one here (modelled, not measured).")
+        faster = backend.faster_kv_cache_dtype
+        if faster is not None:
+            name = dtype_name(faster.value)
+            sentences.append(f"With {backend.name} a KV cache in {name} is the faster one: {faster.source}.")
     if best.load.num_speculative_tokens and best.kv_cache_dtype == "fp8" and footprint.unscaled_layers:
         sentences.append("The MTP layers' KV cache uses scale 1.0: the checkpoint has no scales for them.")
     return tuple(sentences)
@@ -117,12 +118,13 @@ def _within(judge: Judge, best: Candidate, depth: int) -> str:
     return f"the deepest within {TIE:.0%} of the fastest ({fastest.num_speculative_tokens})"
 
 
-def _dtype_name(kv_cache_dtype: str) -> str:
+def dtype_name(kv_cache_dtype: str) -> str:
+    """Return a KV-cache dtype as a sentence calls it."""
     return "the serving dtype" if kv_cache_dtype == "auto" else kv_cache_dtype
 
 
 def _kv_dtype(best: Candidate, footprint: ModelFootprint, limits: Limits) -> str:
-    name = _dtype_name(best.kv_cache_dtype)
+    name = dtype_name(best.kv_cache_dtype)
     if limits.kv_cache_dtype:
         return f"KV cache in {name}: asked for."
     if best.kv_cache_dtype == "fp8":

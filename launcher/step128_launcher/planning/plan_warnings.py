@@ -3,6 +3,7 @@
 from step128_launcher.model.footprint import ModelFootprint
 from step128_launcher.planning.budget import Budget, memory_shortage
 from step128_launcher.planning.candidates import Candidate
+from step128_launcher.planning.explain import dtype_name
 from step128_launcher.planning.plan import Limits
 from step128_launcher.planning.profiles import Profile
 from step128_launcher.planning.reserved import OUR_ATTENTION_BACKEND
@@ -30,6 +31,7 @@ def plan_warnings(
             f"FP8 KV cache on {budget.gpus[0].target}: the GPU has no FP8 instructions; vLLM does not refuse it, and "
             "nobody here has verified it. --kv-cache-dtype auto avoids it."
         )
+    found.append(_slower_dtype(best, footprint, profile))
     if best.load.max_num_seqs > profile.max_num_seqs and not best.load.enforce_eager:
         found.append(
             f"max_num_seqs {best.load.max_num_seqs} is above the profile's {profile.max_num_seqs}, for which the "
@@ -40,3 +42,19 @@ def plan_warnings(
     if footprint.assumed:
         found.append("No shard was read: sizes follow from config.json and the policy; KV scales are assumed.")
     return tuple(text for text in found if text)
+
+
+def _slower_dtype(best: Candidate, footprint: ModelFootprint, profile: Profile) -> str:
+    """Return that the KV cache has the dtype that decodes slower with the backend chosen, and why; "" if not.
+
+    A checkpoint that allows no FP8 is no choice to warn of.
+    """
+    used = (one.faster_kv_cache_dtype for one in profile.attention_backends if one.name == best.load.attention_backend)
+    faster = next(used, None)
+    fp8_possible = footprint.kv_scales is not None and footprint.quantization is not None
+    if faster is None or faster.value == best.kv_cache_dtype or not fp8_possible:
+        return ""
+    return (
+        f"KV cache in {dtype_name(best.kv_cache_dtype)}: {dtype_name(faster.value)} decodes faster with "
+        f"{best.load.attention_backend} here ({faster.source})."
+    )

@@ -1,5 +1,6 @@
 """The schema of a profile's YAML file: every key, what it must hold, and which field of Profile it becomes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,25 @@ class Assumption:
 
 
 @dataclass(frozen=True)
+class FasterDtype:
+    """The KV-cache dtype that decodes faster, "fp8" or "auto" (the serving dtype), and what that rests on."""
+
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
 class AttentionBackend:
     """One of vLLM's attention backends; `why` says what its limits come from. No limit: None or no dtypes.
 
-    `faster_kv_cache_dtype` is the KV-cache dtype that it decodes faster with on the profile's GPU, if that is known.
+    `faster_kv_cache_dtype` is of the profile's GPU; None: nothing is known, and the profile's preference holds.
     """
 
     name: str
     max_model_len: int | None
     kv_cache_dtypes: tuple[str, ...]
     why: str
-    faster_kv_cache_dtype: str | None = None
+    faster_kv_cache_dtype: FasterDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,12 @@ def bad_value(path: Path, key: str, wanted: str, found: object) -> LauncherError
     return LauncherError(ExitCode.BAD_CONFIGURATION, f"Profile {path}: {key} needs {wanted}, found {found!r}.")
 
 
-def _assumed(item: Check) -> Check:
-    def check(value: Any) -> Assumption:
+def _assumed(item: Check, make: Callable[[Any, str], object] = Assumption) -> Check:
+    def check(value: Any) -> object:
         if not isinstance(value, dict) or set(value) != {"value", "source"}:
             raise ValueError("a mapping of value and source")
         try:
-            return Assumption(item(value["value"]), a_text(value["source"]))
+            return make(item(value["value"]), a_text(value["source"]))
         except ValueError as error:
             raise ValueError(f"a mapping of value ({error}, or a text is missing) and source (a text)") from error
 
@@ -125,8 +134,15 @@ def _backend(value: Any) -> AttentionBackend:
         max_model_len=None if longest is None else integer(1)(longest),
         kv_cache_dtypes=() if dtypes is None else list_of(one_of("auto", "fp8"))(dtypes),
         why=a_text(value.get("why", "no limit")),
-        faster_kv_cache_dtype=None if faster is None else one_of("auto", "fp8")(faster),
+        faster_kv_cache_dtype=None if faster is None else _faster(faster),
     )
+
+
+def _faster(value: Any) -> Any:
+    try:
+        return _assumed(one_of("auto", "fp8"), FasterDtype)(value)
+    except ValueError as error:
+        raise ValueError(f"with a faster_kv_cache_dtype that is {error}") from error
 
 
 _ASSUMED_SIZE = _assumed(parse_size)

@@ -163,11 +163,21 @@ def _attention(plan: Plan, reports: list[LoadReport]) -> list[Check]:
     for report in reports:
         found = (report.attention_backend, report.attention_path)
         if found != (wanted, path):
-            named = report.attention_backend or "none that the load report names"
-            detail = f"{report.role} rank {report.rank}: {named}, path {report.attention_path}; expected {wanted}"
+            detail = f"{report.role} rank {report.rank}: {found[0]}, path {found[1]}; expected {wanted}"
             detail += f", path {path}" if path else ""
-            return [Check("attention", Outcome.FAIL, f"{detail}. vLLM chose another backend than it was told to")]
+            return [Check("attention", Outcome.FAIL, f"{detail}. {_attention_meaning(found[0], wanted)}")]
     return [Check("attention", Outcome.PASS if reports else Outcome.FAIL, wanted if reports else "no load report")]
+
+
+def _attention_meaning(found: str | None, wanted: str) -> str:
+    if found is None:
+        return (
+            "The load report does not say which backend serves: it is of an older plugin, or found no attention layer. "
+            "Install launcher and plugin of one release"
+        )
+    if found != wanted:
+        return "vLLM chose another backend than it was told to"
+    return "The slow torch reference computes on the GPU"
 
 
 def _meaning(quantized: bool) -> str:

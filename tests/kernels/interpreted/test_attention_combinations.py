@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from attention_runs import PREFILL, Batch, check_result, decode, expected, launched, layer, made_up
+from attention_runs import PREFILL, Batch, check_result, decode, error, launched, layer, made_up
 from gluon_interpreter import interpreted
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from step128_kernels.attention import MOST_SPLIT_ROWS, scratch_elements, triton_attention
+from step128_kernels.attention.configs import DEFAULT, PORTABLE
 from step128_kernels.attention.reference import paged_attention_reference, update_kv_cache_reference
 from step128_kernels.launch import Launch
 from step128_kernels.run_launch import run
 
 pytestmark = pytest.mark.usefixtures("amd_assembly", "bfloat16_dots", "erased_layouts")
 
-# Values of each size; every value of one meets every value of another somewhere in COMBINATIONS.
+# Every value of one size meets every value of another somewhere in COMBINATIONS.
 SIZES: dict[str, list[Any]] = {
     "tokens": [1, 2, 4, 8, 9, 33],
-    "context": [1, 15, 16, 17, 31, 63, 65, 511, 512, 513, 545],
+    "context": [1, 15, 16, 17, 65, 512, 513, 541],
     "page": [16, 32, 48, 64],
     "ratio": [1, 8, 12, 16],
     "window": [0, 16, 33, 512],
@@ -71,13 +72,10 @@ def test_combinations(number: int) -> None:
     check_result(batch, found, target)
     twin = launched(batch, config, prefill, "portable", False)
     check_result(batch, twin, "portable")
-    if one["page"] % one["block_n"] == 0 or one["block_n"] == 32 or one["tokens"] > 8:  # else a wave takes 32 keys
-        print(
-            "CLOSE",
-            one["kv"],
-            float((found.float() - twin.float()).norm() / twin.float().norm()),
-            bool((found == twin).all()),
-        )
+    # A wave takes 64 keys only of one page, and the twin takes a prefill's tiles that need a mask last. Where the tiles
+    # are the same in the same order, so is nearly every bit.
+    if one["tokens"] <= 8 and (one["page"] % one["block_n"] == 0 or one["block_n"] == 32):
+        assert error(found, twin.float()) < 3e-4
 
 
 @pytest.fixture(params=["rdna4", "rdna3", "portable"])
@@ -91,10 +89,9 @@ def on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(triton_attention, "target_of", lambda arch: request.param)
     monkeypatch.setattr(triton_attention, "run", run_interpreted)
-    if request.param != "portable":
-        from step128_kernels.attention.configs import DEFAULT
-
-        monkeypatch.setattr(triton_attention, "choose", lambda shape, n, tokens, *_: DEFAULT[512 if tokens > 8 else 1])
+    configs = PORTABLE if request.param == "portable" else DEFAULT
+    few, many = configs[1] | {"SPLITS": 8}, configs[512]
+    monkeypatch.setattr(triton_attention, "choose", lambda shape, n, tokens, *_: many if tokens > 8 else few)
     triton_attention._call_launches.cache_clear()
     return str(request.param)
 
@@ -151,8 +148,7 @@ def test_the_host_wrapper(on: str, kv: str, guarded: Callable[[int], tuple[torch
         scratch=scratch,
     )  # fmt: skip
     assert (out[rows:] == 7).all() and around[:2048].isnan().all() and around[-2048:].isnan().all()
-    error = (out[:rows].float() - wanted[:rows]).norm() / wanted[:rows].norm()
-    assert error < 4e-3  # rounding the result to bfloat16 is 2e-3
+    assert error(out[:rows], wanted[:rows]) < 4e-3  # rounding the result to bfloat16 is 2e-3
 
 
 def test_as_many_splits_as_the_scratch_has_room_for(on: str, guarded: Callable[[int], Any]) -> None:
@@ -173,4 +169,3 @@ def test_as_many_splits_as_the_scratch_has_room_for(on: str, guarded: Callable[[
         check_result(batch, out, on)
         assert around[:2048].isnan().all() and around[-2048:].isnan().all()
         assert scratch.isnan().all() == (count == MOST_SPLIT_ROWS // 8)
-        assert not expected(batch).isnan().any()

@@ -10,6 +10,7 @@ import pytest
 from step128_launcher.doctor import Finding, run_doctor, server_log
 from step128_launcher.doctor.context import Context
 from step128_launcher.hardware import probe
+from step128_launcher.planning.profiles import load_profile
 
 MACHINES = Path(__file__).parents[2] / "machines"
 QUAD, SPARK = "quad-r9700", "dgx-spark"
@@ -32,6 +33,7 @@ MOE = (
         (server_log.check_logged_attention, QUAD, POTENTIAL.format("ROCM_ATTN"), "FAIL", "CUSTOM"),
         (server_log.check_logged_attention, QUAD, OVERRIDDEN, "FAIL", "ROCM_ATTN, by"),
         (server_log.check_logged_attention, QUAD, POTENTIAL.format("TRITON_ATTN"), "PASS", "TRITON_ATTN, by"),
+        (server_log.check_logged_attention, QUAD, NAMED.replace("ROCM_ATTN", "CUSTOM"), "PASS", "CUSTOM, by"),
         (server_log.check_logged_attention, SPARK, "Using AttentionBackendEnum.FLASHINFER backend.", "PASS", "FLASHI"),
         (
             server_log.check_logged_attention,
@@ -88,6 +90,20 @@ def test_only_the_last_start_counts(context: Callable[..., Context], tmp_path: P
     start = "INFO vLLM API server version 0.32.0\n"
     log.write_text(f"{start}{PREFIX}{NAMED}\n{start}{PREFIX}{POTENTIAL.format('TRITON_ATTN')}\n")
     assert server_log.check_logged_attention(context(QUAD, log=log)).outcome == "PASS"
+
+
+@pytest.mark.parametrize(
+    ("served", "outcome"), [(("CUSTOM",), "PASS"), (("TRITON_ATTN",), "WARN"), (("CUSTOM", "TRITON_ATTN"), "WARN")]
+)
+def test_the_profile_s_first_backend_must_have_served(
+    context: Callable[..., Context], configs_dir: Path, tmp_path: Path, served: tuple[str, ...], outcome: str
+) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("".join(f"{PREFIX}{NAMED.replace('ROCM_ATTN', name)}\n" for name in served))
+    profile = load_profile(configs_dir, QUAD)
+    found = server_log.check_logged_attention(context(QUAD, profile=profile, log=log))
+    assert found.outcome == outcome and ", ".join(served) in found.evidence
+    assert (outcome == "PASS") != ("profile quad-r9700 names CUSTOM first" in found.evidence)
 
 
 def test_the_newest_log_is_found(tmp_path: Path) -> None:
