@@ -58,12 +58,12 @@ def tiny(made: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(made: Path, tiny: Path) -> Callable[..., Path]:
-    """Quantize the tiny checkpoint: ``quantized(policy, scale_search)``, each combination once."""
+    """Quantize the tiny checkpoint: ``quantized(policy, method)``, each combination once."""
 
-    def quantize(policy: str = "all-linears", scale_search: str = "mse") -> Path:
-        out = made / f"tiny-nl4-{policy}-{scale_search}"
+    def quantize(policy: str = "all-linears", method: str = "mse") -> Path:
+        out = made / f"tiny-nl4-{policy}-{method}"
         if not out.exists():
-            options = ("--policy", policy, "--scale-search", scale_search)
+            options = ("--policy", policy, "--method", method)
             result = run_command("step128-checkpoint", "quantize", tiny, out, *options)
             assert result.returncode == 0, result.stderr
         return out
@@ -75,10 +75,10 @@ def quantized(made: Path, tiny: Path) -> Callable[..., Path]:
 def dequantized(made: Path, quantized: Callable[..., Path]) -> Callable[..., Path]:
     """A quantized checkpoint expanded to float32."""
 
-    def dequantize(policy: str = "all-linears", scale_search: str = "mse") -> Path:
-        out = made / f"tiny-float32-{policy}-{scale_search}"
+    def dequantize(policy: str = "all-linears", method: str = "mse") -> Path:
+        out = made / f"tiny-float32-{policy}-{method}"
         if not out.exists():
-            source = quantized(policy, scale_search)
+            source = quantized(policy, method)
             result = run_command("step128-checkpoint", "dequantize", source, out, "--dtype", "float32")
             assert result.returncode == 0, result.stderr
         return out

@@ -11,15 +11,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from step128_checkpoint.dtypes import all_finite
 from step128_checkpoint.errors import CheckpointError, OutputError, PermissionDeniedError
 from step128_checkpoint.files import reading, size_text
 from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.journal import Journal
 from step128_checkpoint.layout import Layout, OutputTensor, plan_layout
+from step128_checkpoint.manifest import MANIFEST_NAME, manifest_of
+from step128_checkpoint.memory import DEFAULT_MAX_MEMORY_BYTES
 from step128_checkpoint.places import check_places, remove_work, work_folder
 from step128_checkpoint.reader import INDEX_NAME, Checkpoint
 from step128_checkpoint.shards import (
@@ -33,19 +36,27 @@ from step128_checkpoint.shards import (
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
+Notes = dict[str, dict[str, Any]]
+
 # Other formats' weights, and reports about the input alone, would be wrong beside the new weights.
 _NOT_CARRIED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", "_report.json")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to write: ``steps`` make the tensors, ``config`` becomes config.json, ``options`` decide the bytes."""
+    """What to write: ``steps`` make the tensors, ``config`` becomes config.json, ``options`` decide the bytes.
+
+    ``extra_files`` (name -> content) are written beside the weights, and so is what ``report`` makes of the steps'
+    notes (by the name of each step's first tensor) when all are done.
+    """
 
     checkpoint: Checkpoint
     steps: Sequence[Step]
     config: dict[str, Any]
     options: dict[str, Any]
     max_shard_bytes: int
+    extra_files: dict[str, bytes] = field(default_factory=dict)
+    report: Callable[[Notes], dict[str, bytes]] | None = None
 
     def layout(self) -> Layout:
         """Plan the output's files."""
@@ -64,18 +75,24 @@ class Conversion:
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What :func:`convert` did; ``output_bytes`` counts the safetensors files."""
+    """What :func:`convert` did; ``output_bytes`` counts the safetensors files, ``notes`` are the steps'."""
 
     output_bytes: int
     write: WriteSummary
+    notes: Notes
 
 
 def copy_step(checkpoint: Checkpoint, tensor: TensorInfo) -> Step:
-    """A step that carries a tensor unchanged."""
+    """A step that carries a tensor unchanged; NaN and infinity in it are an error, as they are in a quantized one."""
 
     def produce(number: int) -> tuple[bytes]:
         start = number * PIECE_BYTES
-        return (checkpoint.read(tensor.name, start, min(PIECE_BYTES, tensor.size_bytes - start)),)
+        data = checkpoint.read(tensor.name, start, min(PIECE_BYTES, tensor.size_bytes - start))
+        if not all_finite(data, tensor.dtype):
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} holds NaN or infinity. Download the file again."
+            )
+        return (data,)
 
     output = OutputTensor(tensor.name, tensor.dtype, tensor.shape, tensor.path.name)
     return Step((output,), max(1, -(-tensor.size_bytes // PIECE_BYTES)), produce)
@@ -84,8 +101,8 @@ def copy_step(checkpoint: Checkpoint, tensor: TensorInfo) -> Step:
 def carried_files(folder: Path) -> list[Path]:
     """Files that go along unchanged: tokenizer, chat template, generation config, code, licence, ...
 
-    Everything but weights, their index, config.json (rewritten), reports about the input, and hidden files. Paths are
-    relative to ``folder``, sorted.
+    Everything but weights, their index, config.json and the manifest (rewritten), reports about the input, and hidden
+    files. Paths are relative to ``folder``, sorted.
 
     Raises:
         PermissionDeniedError: one of them may not be read (better known now than after hours).
@@ -95,7 +112,7 @@ def carried_files(folder: Path) -> list[Path]:
         path
         for path in files
         if not any(part.startswith(".") for part in path.parts)
-        and str(path) not in ("config.json", INDEX_NAME)
+        and str(path) not in ("config.json", INDEX_NAME, MANIFEST_NAME)
         and not path.name.endswith(_NOT_CARRIED_SUFFIXES)
     )
     for path in carried:
@@ -105,7 +122,12 @@ def carried_files(folder: Path) -> list[Path]:
 
 
 def convert(
-    conversion: Conversion, out: Path, jobs: int, restart: bool, on_progress: Callable[[int], None]
+    conversion: Conversion,
+    out: Path,
+    jobs: int,
+    restart: bool,
+    on_progress: Callable[[int], None],
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
 ) -> ConversionSummary:
     """Write the output folder; continues an interrupted run of the same conversion.
 
@@ -115,6 +137,7 @@ def convert(
         OutputError: the output exists, the disk is too small or full, or ``OUT.partial`` belongs to another run or is
             not ours at all.
         PermissionDeniedError: the output's place may not be written, or a file of the input may not be read.
+        ConfigurationError: the memory limit is too small.
         CheckpointError: the input proved bad on the way.
     """
     checkpoint, layout, source = conversion.checkpoint, conversion.layout(), conversion.checkpoint.folder
@@ -123,7 +146,7 @@ def convert(
         work = work_folder(out)
         product = work / "checkpoint"
         with reading(source):
-            carried = carried_files(source)
+            carried = [path for path in carried_files(source) if str(path) not in conversion.extra_files]
             carried_bytes = sum((source / path).stat().st_size for path in carried)
         _check_disk(layout, carried_bytes, product)
         with _made_folders(work), closing(Journal(work, conversion.fingerprint(), restart)) as journal:
@@ -132,10 +155,10 @@ def convert(
                     shutil.rmtree(product)
                 product.mkdir(exist_ok=True)
                 with checkpoint:
-                    summary = write_shards(product, conversion.steps, layout, journal, jobs, on_progress)
-                for path in carried:
-                    _carry(source / path, product / path)
-                write_synced(product / "config.json", json.dumps(conversion.config, indent=2).encode() + b"\n")
+                    summary = write_shards(
+                        product, conversion.steps, layout, journal, jobs, max_memory_bytes, on_progress
+                    )
+                _write_small_files(conversion, product, carried, journal, layout)
                 _publish(product, out)
                 remove_work(work)
             except BaseException as error:
@@ -146,14 +169,33 @@ def convert(
                 raise
     except OSError as error:
         raise disk_error(out, error) from error
-    return ConversionSummary(output_bytes=layout.total_bytes, write=summary)
+    return ConversionSummary(output_bytes=layout.total_bytes, write=summary, notes=journal.notes)
 
 
-def _carry(source: Path, target: Path) -> None:
-    with reading(source):
-        data = source.read_bytes()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_synced(target, data)
+def _write_small_files(
+    conversion: Conversion, product: Path, carried: Sequence[Path], journal: Journal, layout: Layout
+) -> None:
+    """Everything but the weights and their index: carried files, config.json, reports, and the manifest, last."""
+    hashes: dict[str, str] = {}
+
+    def write(name: str, data: bytes) -> None:
+        (product / name).parent.mkdir(parents=True, exist_ok=True)
+        write_synced(product / name, data)
+        hashes[name] = hashlib.sha256(data).hexdigest()
+
+    source = conversion.checkpoint.folder
+    for path in carried:
+        with reading(source / path):
+            write(str(path), (source / path).read_bytes())
+    write("config.json", json.dumps(conversion.config, indent=2).encode() + b"\n")
+    for name, data in conversion.extra_files.items():
+        write(name, data)
+    for name, data in (conversion.report(journal.notes) if conversion.report else {}).items():
+        write(name, data)
+    hashes[INDEX_NAME] = hashlib.sha256(layout.index_json().encode()).hexdigest()
+    tensors = {name: (journal.finished[name], place.file_name) for name, place in layout.places.items()}
+    manifest = manifest_of(conversion.checkpoint, conversion.options, tensors, hashes)
+    write_synced(product / MANIFEST_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 @contextmanager

@@ -67,3 +67,16 @@ def from_float32(values: Float32Array, dtype: str) -> NDArray[np.generic]:
     round_to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded = ((bits + round_to_even) >> np.uint32(16)).astype("<u2")
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype("<u2")
+
+
+# Bits of the exponent, all of them set in NaN and infinity and in no finite number.
+_EXPONENT_BITS: dict[str, tuple[str, int]] = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), BF16: ("<u2", 0x7F80)}
+
+
+def all_finite(data: bytes | bytearray | memoryview, dtype: str) -> bool:
+    """Whether values of a floating type hold neither NaN nor infinity; True for types that cannot (or are 8-bit)."""
+    if dtype not in _EXPONENT_BITS:
+        return True
+    unsigned, exponent = _EXPONENT_BITS[dtype]
+    bits = np.frombuffer(data, dtype=unsigned)
+    return not bool(((bits & bits.dtype.type(exponent)) == exponent).any())

@@ -1,4 +1,4 @@
-"""Says what a checkpoint folder holds: parameters, bytes and bits per weight by component, KV scales, problems."""
+"""Says what a checkpoint folder holds: sizes by component, experts, KV scales, how it was made, problems."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from step128_checkpoint.dequantize import check_nl4, scale_of
+from step128_checkpoint.details import Details, read_details
 from step128_checkpoint.dimensions import layer_of
 from step128_checkpoint.errors import CheckpointError
 from step128_checkpoint.expected import structure_problems
@@ -40,6 +41,7 @@ class Inspection:
     policy: str | None
     shards: int
     components: tuple[ComponentSize, ...]
+    details: Details | None
     kv_scales: KvScales | None
     problems: tuple[str, ...]
 
@@ -66,6 +68,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, policy: Policy) -> Inspection:
     entry = _quantization(checkpoint, problems)
     rows = component_sizes(checkpoint, policy)
     problems += structure_problems(checkpoint)
+    details = read_details(checkpoint, problems)
     with checkpoint:
         scales = read_kv_scales(checkpoint, problems)
     architectures = checkpoint.config.get("architectures")
@@ -75,6 +78,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, policy: Policy) -> Inspection:
         policy=str(entry["policy"]) if entry and "policy" in entry else None,
         shards=len(checkpoint.shard_paths),
         components=rows,
+        details=details,
         kv_scales=scales,
         problems=tuple(problems),
     )

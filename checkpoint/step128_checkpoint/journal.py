@@ -1,4 +1,4 @@
-"""The journal of an unfinished output: what made it, and the SHA-256 of every finished tensor.
+"""The journal of an unfinished output: what made it, and the SHA-256 (and notes) of every finished tensor.
 
 JSON lines: the first holds the fingerprint of the run (input, policy, options), each further one a finished tensor.
 Lines are not synced to disk one by one: a hash that reached the disk before its data did is caught when a resumed run
@@ -19,7 +19,10 @@ JOURNAL_NAME = "journal.jsonl"
 
 
 class Journal:
-    """An open, locked journal. ``finished`` maps a tensor's name to the SHA-256 of its bytes, in hex."""
+    """An open, locked journal.
+
+    ``finished`` maps a tensor's name to the SHA-256 of its bytes, in hex; ``notes`` to what its step noted, if any.
+    """
 
     def __init__(self, work_folder: Path, fingerprint: dict[str, Any], restart: bool) -> None:
         """Open the journal in ``work_folder``, or start one.
@@ -34,6 +37,7 @@ class Journal:
         """
         self.path = work_folder / JOURNAL_NAME
         self.finished: dict[str, str] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +64,7 @@ class Journal:
                         "Repeat it with the same input and options to finish it, or add --restart to start over."
                     )
             elif entry is not None and isinstance(entry.get("tensor"), str) and isinstance(entry.get("sha256"), str):
-                self.finished[entry["tensor"]] = entry["sha256"]
+                self._keep(entry["tensor"], entry["sha256"], entry.get("notes"))
             else:
                 break  # cut off by a kill, or damaged: nothing from here on is trusted
             good_bytes += len(line)
@@ -74,10 +78,15 @@ class Journal:
                 self.path.unlink()
                 raise
 
-    def record(self, tensor_name: str, sha256_hex: str) -> None:
-        """Note that a tensor's bytes are all written."""
+    def record(self, tensor_name: str, sha256_hex: str, notes: dict[str, Any] | None = None) -> None:
+        """Note that a tensor's bytes are all written, and what its step wants kept (JSON values)."""
+        self._keep(tensor_name, sha256_hex, notes)
+        self._append({"tensor": tensor_name, "sha256": sha256_hex} | ({"notes": notes} if notes else {}))
+
+    def _keep(self, tensor_name: str, sha256_hex: str, notes: dict[str, Any] | None) -> None:
         self.finished[tensor_name] = sha256_hex
-        self._append({"tensor": tensor_name, "sha256": sha256_hex})
+        if notes:
+            self.notes[tensor_name] = notes
 
     def _append(self, entry: dict[str, Any]) -> None:
         os.write(self._descriptor, json.dumps(entry).encode() + b"\n")

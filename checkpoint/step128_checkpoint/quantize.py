@@ -1,106 +1,90 @@
 """Quantizes a checkpoint to NL4: chosen weights become ``<name>_packed`` and ``<name>_scale``, the rest is carried.
 
-A piece of work is a block of rows of one matrix (one expert's, for 3-D weights), about a million weights. Peak memory
-is about 40 MB and 25 MB more for each job, whatever the size of the checkpoint.
+A piece of work is a block of rows of one matrix (one expert's, for 3-D weights), about a million weights, so memory
+does not depend on the checkpoint's size; GPTQ holds a few square matrices of the widest layer besides.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from step128_checkpoint.conversion import DEFAULT_MAX_SHARD_BYTES, Conversion, copy_step
-from step128_checkpoint.dtypes import BYTES_PER_ELEMENT, FLOAT_DTYPES, to_float32
+from step128_checkpoint.dtypes import BYTES_PER_ELEMENT, to_float32
 from step128_checkpoint.errors import CheckpointError
-from step128_checkpoint.expected import structure_problems
-from step128_checkpoint.files import reading
-from step128_checkpoint.header import TensorInfo, read_header
+from step128_checkpoint.header import TensorInfo
+from step128_checkpoint.kv_scales import KV_SCALE
+from step128_checkpoint.kv_scaling import KEEP_KV_SCALES, KvScalePlan
 from step128_checkpoint.layout import OutputTensor
+from step128_checkpoint.plain import require_plain
 from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX, Policy
+from step128_checkpoint.quantization import engine
+from step128_checkpoint.quantization.hessians import MATRICES_IN_MEMORY, Hessians
+from step128_checkpoint.quantization.importance import Importance
+from step128_checkpoint.quantization.quality import ErrorSums
+from step128_checkpoint.quantization.report import REPORT_NAME, report_json, tensor_qualities
 from step128_checkpoint.reader import Checkpoint
 from step128_checkpoint.shards import Step
 from step128_kernels import codebook
 
+Method = Literal["absmax", "mse", "importance", "gptq"]
+METHODS: tuple[Method, ...] = ("importance", "gptq", "mse", "absmax")
+"""The default first. ``importance``: signed scale search weighted by E[x^2]; ``gptq``: error feedback besides."""
+
 _PIECE_WEIGHTS = 1 << 20
+_PIECE_MEMORY_BYTES = 32 << 20  # measured with numpy's search, the hungrier engine: 25 MB for a million weights
 
 
 @dataclass(frozen=True)
-class Importance:
-    """Weights of the squared error for each input channel: tensor name -> shape [K], or [E, K] for 3-D weights."""
+class Weighting:
+    """What calibration says about the inputs; ``sha256`` names it in the product. GPTQ needs ``hessians``."""
 
-    path: Path
-    source: Checkpoint
-    sha256: str
-
-    def of_matrix(self, tensor: TensorInfo, matrix: int) -> NDArray[np.float32] | None:
-        """The float32 [K] of one matrix of a tensor, or None if the file has nothing for this tensor."""
-        info = self.source.tensors.get(tensor.name)
-        if info is None:
-            return None
-        columns = tensor.shape[-1]
-        row_bytes = columns * BYTES_PER_ELEMENT[info.dtype]
-        start_bytes = matrix * row_bytes if len(info.shape) == 2 else 0
-        return to_float32(self.source.read(tensor.name, start_bytes, row_bytes), info.dtype, (columns,))
-
-
-def open_importance(path: Path, checkpoint: Checkpoint) -> Importance:
-    """Open an importance file and check its names, shapes and types against the checkpoint; its files stay open.
-
-    Raises:
-        CheckpointError: a tensor is unknown to the checkpoint, or its shape is neither [K] nor [E, K].
-    """
-    tensors = read_header(path)
-    for name, info in tensors.items():
-        weight = checkpoint.tensors.get(name)
-        if weight is None or len(weight.shape) < 2:
-            raise CheckpointError(f"{path}: {name} is no weight of {checkpoint.folder}")
-        allowed = [weight.shape[-1:]]
-        if len(weight.shape) == 3:
-            allowed.append((weight.shape[0], weight.shape[-1]))
-        if info.shape not in allowed or info.dtype not in FLOAT_DTYPES:
-            wanted = " or ".join(str(list(shape)) for shape in allowed)
-            raise CheckpointError(
-                f"{path}: {name} is {info.dtype} {list(info.shape)}, a float tensor {wanted} is needed"
-            )
-    with reading(path), path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    source = Checkpoint(path.parent, {}, tensors)
-    source.open_files()
-    return Importance(path, source, digest)
+    importance: Importance | None = None
+    hessians: Hessians | None = None
+    sha256: str | None = None
 
 
 def plan_quantization(
     checkpoint: Checkpoint,
     policy: Policy,
-    scale_search: codebook.ScaleSearch = "mse",
-    importance: Importance | None = None,
+    method: Method = "mse",
+    weighting: Weighting | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    device: str = "cpu",
+    kv_plan: KvScalePlan = KEEP_KV_SCALES,
 ) -> Conversion:
     """Decide, from headers alone, what becomes of every tensor.
+
+    Args:
+        checkpoint: bf16, fp16 or fp32.
+        policy: what to quantize.
+        method: how; ``importance`` and ``gptq`` need ``weighting``.
+        weighting: from a calibration of this checkpoint.
+        max_shard_bytes: most bytes of one file.
+        device: where scales are searched: ``cpu``, or what torch calls a GPU.
+        kv_plan: whether the input's KV scales are carried, replaced, or left out.
 
     Raises:
         CheckpointError: the input is quantized already, contradicts its config.json (a tensor is missing, unknown or of
             a wrong shape or type), or K is no multiple of 16. Names the tensor.
     """
-    _refuse_quantized(checkpoint)
-    if problems := structure_problems(checkpoint):
-        more = f" (`step128-checkpoint inspect` shows {len(problems) - 1} more)" if problems[1:] else ""
-        raise CheckpointError(problems[0] + more)
+    require_plain(checkpoint)
     layers = checkpoint.num_hidden_layers
+    quantizer = _Quantizer(checkpoint, method, weighting or Weighting(), device)
     steps: list[Step] = []
     found: set[str] = set()
     for tensor in checkpoint.tensors.values():
         component = policy.component_of(tensor.name, layers)
         found |= {component} if component else set()
-        chosen = component in policy.components
-        steps.append(
-            _quantize_step(checkpoint, tensor, scale_search, importance) if chosen else copy_step(checkpoint, tensor)
-        )
+        if component in policy.components:
+            steps.append(quantizer.step(tensor))
+        elif kv_plan.source == "input" or not KV_SCALE.fullmatch(tensor.name):
+            steps.append(copy_step(checkpoint, tensor))
     present = [component for component in policy.components if component in found]
     entry = {
         "quant_method": codebook.FORMAT_NAME,
@@ -112,58 +96,125 @@ def plan_quantization(
         "policy": policy.name,
         "quantized_components": present,
         "unquantized_components": [name for name in policy.patterns if name in found and name not in present],
-        "scale_search": scale_search,
-        "importance": importance.sha256 if importance else None,
+        "method": method,
+        "calibration": quantizer.weighting.sha256,
     }
-    options = {"command": "quantize", **{key: entry[key] for key in ("policy", "scale_search", "importance")}}
-    options["quantized_components"] = present
-    return Conversion(checkpoint, steps, checkpoint.config | {"quantization_config": entry}, options, max_shard_bytes)
+    options = {"command": "quantize", **{key: entry[key] for key in ("policy", "method", "calibration")}}
+    options |= {"quantized_components": present, **kv_plan.options()}
+    if device != "cpu":
+        options["device"] = device
 
+    def report(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
+        rows = tensor_qualities(notes, lambda name: policy.component_of(name, layers))
+        return {REPORT_NAME: report_json(rows, options)}
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    for config in (checkpoint.config, checkpoint.text_config):
-        if entry := config.get("quantization_config"):
-            method = entry.get("quant_method") if isinstance(entry, dict) else entry
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'}: the checkpoint is quantized already (quant_method {method!r}). "
-                "Start from the bf16, fp16 or fp32 checkpoint."
-            )
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith((f"weight{PACKED_SUFFIX}", f"weight{SCALE_SUFFIX}")):
-            raise CheckpointError(f"{tensor.path}: tensor {tensor.name} shows that the checkpoint is quantized already")
-
-
-def _quantize_step(
-    checkpoint: Checkpoint, tensor: TensorInfo, scale_search: codebook.ScaleSearch, importance: Importance | None
-) -> Step:
-    where = f"{tensor.path}: tensor {tensor.name}"
-    rows, columns = tensor.shape[-2:]
-    if columns % codebook.GROUP_SIZE:
-        raise CheckpointError(
-            f"{where} has shape {list(tensor.shape)}: its last dimension, {columns}, must be a multiple of "
-            f"{codebook.GROUP_SIZE} to be quantized. Choose a policy that leaves it out."
-        )
-    rows_per_piece = max(1, min(rows, _PIECE_WEIGHTS // columns))
-    pieces_per_matrix = -(-rows // rows_per_piece)
-    row_bytes = columns * BYTES_PER_ELEMENT[tensor.dtype]
-
-    def produce(number: int) -> tuple[NDArray[np.generic], ...]:
-        matrix, block = divmod(number, pieces_per_matrix)
-        first = block * rows_per_piece
-        count = min(rows_per_piece, rows - first)
-        data = checkpoint.read(tensor.name, (matrix * rows + first) * row_bytes, count * row_bytes)
-        weight = to_float32(data, tensor.dtype, (count, columns))
-        weighting = importance.of_matrix(tensor, matrix) if importance else None
-        try:
-            return codebook.quantize(weight, weighting, scale_search)
-        except ValueError as error:
-            position = f"matrix {matrix}, " if len(tensor.shape) == 3 else ""
-            raise CheckpointError(f"{where}, {position}rows {first} to {first + count - 1}: {error}") from error
-
-    packed = (*tensor.shape[:-1], columns // 2)
-    scale = (*tensor.shape[:-1], columns // codebook.GROUP_SIZE)
-    outputs = (
-        OutputTensor(tensor.name + PACKED_SUFFIX, "U8", packed, tensor.path.name),
-        OutputTensor(tensor.name + SCALE_SUFFIX, "F16", scale, tensor.path.name),
+    return Conversion(
+        checkpoint,
+        [*steps, *kv_plan.steps()],
+        checkpoint.config | {"quantization_config": entry},
+        options,
+        max_shard_bytes,
+        report=report,
     )
-    return Step(outputs, math.prod(tensor.shape[:-2]) * pieces_per_matrix, produce)
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """Makes the step that quantizes one weight."""
+
+    checkpoint: Checkpoint
+    method: Method
+    weighting: Weighting
+    device: str
+
+    def step(self, tensor: TensorInfo) -> Step:
+        rows, columns = tensor.shape[-2:]
+        if columns % codebook.GROUP_SIZE:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}: its last dimension, {columns}, "
+                f"must be a multiple of {codebook.GROUP_SIZE} to be quantized. Choose a policy that leaves it out."
+            )
+        blocks = _Blocks(tensor, rows, columns, max(1, min(rows, _PIECE_WEIGHTS // columns)))
+        feedback = self.method == "gptq" and self.weighting.hessians is not None and self.weighting.hessians.has(tensor)
+        sums: dict[int, ErrorSums] = {}
+
+        def produce(number: int) -> tuple[NDArray[np.generic], ...]:
+            matrix, first, count = blocks.of_piece(number)
+            data = self.checkpoint.read(tensor.name, blocks.offset_bytes(matrix, first), blocks.size_bytes(count))
+            weight = to_float32(data, tensor.dtype, (count, columns))
+            importance = self.weighting.importance.of_matrix(tensor, matrix) if self.weighting.importance else None
+            try:
+                packed, scale = self._quantize(tensor, matrix, weight, importance, feedback)
+            except ValueError as error:
+                where = f"{tensor.path}: tensor {tensor.name}, {blocks.text(matrix, first, count)}"
+                raise CheckpointError(f"{where}: {error}") from error
+            sums[number] = engine.error_sums(weight, packed, scale, importance)
+            return packed, scale
+
+        def notes() -> dict[str, Any]:
+            total = sum((sums[number] for number in range(blocks.pieces)), start=ErrorSums(0.0, 0.0, 0.0, 0.0))
+            known = self.weighting.importance is not None and tensor.name in self.weighting.importance.source.tensors
+            return {
+                "weight": tensor.name,
+                "parameters": tensor.elements,
+                "weighted": known,
+                "quality": asdict(total),
+            }
+
+        packed_shape = (*tensor.shape[:-1], columns // 2)
+        scale_shape = (*tensor.shape[:-1], columns // codebook.GROUP_SIZE)
+        outputs = (
+            OutputTensor(tensor.name + PACKED_SUFFIX, "U8", packed_shape, tensor.path.name),
+            OutputTensor(tensor.name + SCALE_SUFFIX, "F16", scale_shape, tensor.path.name),
+        )
+        memory_bytes = MATRICES_IN_MEMORY * columns * columns * 4 if feedback else 0
+        return Step(outputs, blocks.pieces, produce, _PIECE_MEMORY_BYTES, memory_bytes, notes)
+
+    def _quantize(
+        self,
+        tensor: TensorInfo,
+        matrix: int,
+        weight: NDArray[np.float32],
+        importance: NDArray[np.float32] | None,
+        feedback: bool,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+        if feedback and self.weighting.hessians is not None:
+            factor = self.weighting.hessians.factor(tensor, matrix, importance)
+            return engine.quantize_with_feedback(weight, factor, importance)
+        scale_search: codebook.ScaleSearch = "absmax" if self.method == "absmax" else "mse"
+        weights = importance if self.method in ("importance", "gptq") else None
+        return engine.quantize(weight, weights, scale_search, self.device)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How a weight [..., rows, columns] is cut into pieces: blocks of ``rows_per_piece`` rows of one matrix."""
+
+    tensor: TensorInfo
+    rows: int
+    columns: int
+    rows_per_piece: int
+
+    @property
+    def per_matrix(self) -> int:
+        return -(-self.rows // self.rows_per_piece)
+
+    @property
+    def pieces(self) -> int:
+        return math.prod(self.tensor.shape[:-2]) * self.per_matrix
+
+    def of_piece(self, number: int) -> tuple[int, int, int]:
+        """Matrix, first row and count of rows."""
+        matrix, block = divmod(number, self.per_matrix)
+        first = block * self.rows_per_piece
+        return matrix, first, min(self.rows_per_piece, self.rows - first)
+
+    def size_bytes(self, rows: int) -> int:
+        return rows * self.columns * BYTES_PER_ELEMENT[self.tensor.dtype]
+
+    def offset_bytes(self, matrix: int, row: int) -> int:
+        return self.size_bytes(matrix * self.rows + row)
+
+    def text(self, matrix: int, first: int, count: int) -> str:
+        position = f"matrix {matrix}, " if len(self.tensor.shape) == 3 else ""
+        return f"{position}rows {first} to {first + count - 1}"

@@ -1,8 +1,9 @@
 """Writes sharded safetensors, header first: shapes are known before any data, so data streams to its final place.
 
 Work comes as steps: a step makes one tensor, or several that belong together, in pieces that concatenate. Pieces run
-on several threads (numpy releases the GIL) and are written in order, so memory is a few pieces, whatever a tensor's
-size. Every finished tensor is journaled with its hash; a later run reads it again and redoes only what does not match.
+on several threads (numpy and numba release the GIL) and are written in order, so memory is a few pieces, whatever a
+tensor's size: as many are in flight as the memory limit allows. Every finished tensor is journaled with its hash; a
+later run reads it again and redoes only what does not match.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from step128_checkpoint.errors import OutputError, PermissionDeniedError
+from step128_checkpoint.errors import ConfigurationError, OutputError, PermissionDeniedError
+from step128_checkpoint.files import size_text
 from step128_checkpoint.journal import Journal
 from step128_checkpoint.layout import Layout, OutputTensor
+from step128_checkpoint.memory import resident_bytes
 from step128_checkpoint.reader import INDEX_NAME
 
 PIECE_BYTES = 8 << 20
@@ -32,11 +35,19 @@ Piece = tuple[bytes | NDArray[Any], ...]
 
 @dataclass(frozen=True)
 class Step:
-    """Makes ``outputs`` together: ``produce(i)`` gives the i-th piece of each, for i in 0 .. ``pieces`` - 1."""
+    """Makes ``outputs`` together: ``produce(i)`` gives the i-th piece of each, for i in 0 .. ``pieces`` - 1.
+
+    ``piece_memory_bytes`` bounds what making one piece and keeping it until it is written needs, ``step_memory_bytes``
+    what the step keeps besides while any of its pieces is in flight. ``notes`` is called once after the last piece;
+    what it returns is journaled with the step's first tensor (JSON values).
+    """
 
     outputs: tuple[OutputTensor, ...]
     pieces: int
     produce: Callable[[int], Piece]
+    piece_memory_bytes: int = 2 * PIECE_BYTES
+    step_memory_bytes: int = 0
+    notes: Callable[[], dict[str, Any]] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -59,6 +70,7 @@ def write_shards(
     layout: Layout,
     journal: Journal,
     jobs: int,
+    max_memory_bytes: int,
     on_progress: Callable[[int], None],
 ) -> WriteSummary:
     """Write every shard and the index into ``folder``, skipping what the journal proves finished; sync to disk.
@@ -69,24 +81,26 @@ def write_shards(
         layout: from :func:`plan_layout`.
         journal: of the same run.
         jobs: threads that produce pieces.
+        max_memory_bytes: what the whole process may use.
         on_progress: called with the bytes done since the last call.
 
     Raises:
         OutputError: the disk is full or fails.
+        ConfigurationError: the memory limit is too small for a single piece.
         CheckpointError: from ``produce``.
     """
+    room_bytes = _room(steps, max_memory_bytes)
     try:
         with _ShardFiles(folder, layout) as files:
             verified, redone, remaining = 0, 0, []
-            for step in steps:
-                if all(output.name in journal.finished for output in step.outputs):
-                    if all(files.sha256(output.name) == journal.finished[output.name] for output in step.outputs):
-                        verified += len(step.outputs)
-                        on_progress(step.size_bytes)
-                        continue
-                    redone += len(step.outputs)
+            for step, intact in zip(steps, _intact(steps, files, journal, jobs), strict=True):
+                if intact:
+                    verified += len(step.outputs)
+                    on_progress(step.size_bytes)
+                    continue
+                redone += sum(output.name in journal.finished for output in step.outputs)
                 remaining.append(step)
-            _run(remaining, files, journal, jobs, on_progress)
+            _run(remaining, files, journal, jobs, room_bytes, on_progress)
             files.sync()
         write_synced(folder / INDEX_NAME, layout.index_json().encode())
     except OSError as error:
@@ -95,16 +109,47 @@ def write_shards(
     return WriteSummary(written_tensors=written, verified_tensors=verified, redone_tensors=redone)
 
 
+def _room(steps: Sequence[Step], max_memory_bytes: int) -> int:
+    """Bytes that pieces in flight may use: the limit less what the process holds already."""
+    room_bytes = max_memory_bytes - resident_bytes()
+    for step in steps:
+        if (needed_bytes := step.piece_memory_bytes + step.step_memory_bytes) > room_bytes:
+            raise ConfigurationError(
+                f"tensor {step.outputs[0].name} needs {size_text(needed_bytes)} at a time, and the memory limit leaves "
+                f"{size_text(max(0, room_bytes))}. Give --max-memory at least "
+                f"{size_text(max_memory_bytes - room_bytes + needed_bytes)}."
+            )
+    return room_bytes
+
+
+def _intact(steps: Sequence[Step], files: _ShardFiles, journal: Journal, jobs: int) -> Iterator[bool]:
+    """Whether each step's tensors are on disk as the journal says; their bytes are read and hashed again."""
+
+    def check(step: Step) -> bool:
+        names = [output.name for output in step.outputs]
+        return all(name in journal.finished for name in names) and all(
+            files.sha256(name) == journal.finished[name] for name in names
+        )
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        yield from pool.map(check, steps)
+
+
 def _run(
-    steps: Sequence[Step], files: _ShardFiles, journal: Journal, jobs: int, on_progress: Callable[[int], None]
+    steps: Sequence[Step],
+    files: _ShardFiles,
+    journal: Journal,
+    jobs: int,
+    room_bytes: int,
+    on_progress: Callable[[int], None],
 ) -> None:
-    """Produce pieces ahead on ``jobs`` threads, at most two each, and write them in order."""
+    """Produce pieces ahead on ``jobs`` threads, as many as memory has room for and at most two each; write in order."""
     pending: deque[tuple[Step, int, Future[Piece]]] = deque()
     writer = _StepWriter(files, journal, on_progress)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         try:
             for step, number in _pieces(steps):
-                if len(pending) >= 2 * jobs:
+                while pending and (len(pending) >= 2 * jobs or _in_flight_bytes(pending, step) > room_bytes):
                     writer.write(*pending.popleft())
                 pending.append((step, number, pool.submit(step.produce, number)))
             while pending:
@@ -112,6 +157,13 @@ def _run(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _in_flight_bytes(pending: deque[tuple[Step, int, Future[Piece]]], following: Step) -> int:
+    """Most that the pending pieces and one more of ``following`` use together."""
+    steps = [step for step, _, _ in pending] + [following]
+    distinct = {id(step): step for step in steps}.values()
+    return sum(step.piece_memory_bytes for step in steps) + sum(step.step_memory_bytes for step in distinct)
 
 
 class _StepWriter:
@@ -135,8 +187,10 @@ class _StepWriter:
             self._positions_bytes[i] += len(data)
             self._on_progress(len(data))
         if number == step.pieces - 1:
-            for output, digest in zip(step.outputs, self._hashes, strict=True):
-                self._journal.record(output.name, digest.hexdigest())
+            notes = step.notes() if step.notes else None
+            for output, digest in reversed(list(zip(step.outputs, self._hashes, strict=True))):
+                # The notes go with the first tensor, last: a step counts as finished only with them.
+                self._journal.record(output.name, digest.hexdigest(), notes if output is step.outputs[0] else None)
 
 
 def _pieces(steps: Sequence[Step]) -> Iterator[tuple[Step, int]]:

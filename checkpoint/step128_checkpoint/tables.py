@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from step128_checkpoint.details import Details
+from step128_checkpoint.files import size_text
 from step128_checkpoint.inspect import ComponentSize, Inspection
 
 
@@ -37,8 +39,11 @@ def print_inspection(found: Inspection) -> None:
     for row in (*found.components, found.total):
         cells = (row.component, str(row.tensors), f"{row.parameters:,}", f"{row.size_bytes / 1e6:,.3f}")
         table.add_row(*cells, f"{row.bits_per_weight:.2f}", style="bold" if row is found.total else None)
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(table)
+    if found.details:
+        for line in describe(found.details):
+            console.print(escape(line))
     if scales := found.kv_scales:
         console.print(
             f"KV scales: {scales.layers} layers, K {scales.k_min:.4g} to {scales.k_max:.4g}, "
@@ -48,3 +53,22 @@ def print_inspection(found: Inspection) -> None:
         console.print("KV scales: none")
     for problem in found.problems:
         console.print(f"[red]problem:[/red] {escape(problem)}")
+
+
+def describe(details: Details) -> list[str]:
+    """Say a checkpoint's details in lines for people."""
+    each = f", {details.experts_per_token} of them for each token" if details.experts_per_token else ""
+    lines = [
+        f"layers: {details.layers}, {details.moe_layers} of them with {details.experts} routed experts{each}",
+        f"MTP layers: {details.mtp_layers} of {details.mtp_layers_stated}",
+        f"files: {size_text(details.file_bytes)} of safetensors",
+    ]
+    if details.method:
+        lines.append(f"NL4 method: {details.method}")
+    if pruning := details.pruning:
+        protected = ", ".join(f"{layer}/{expert}" for layer, expert in pruning.super_experts) or "none"
+        lines.append(f"pruned: {pruning.keep} experts kept by {pruning.criterion}; super-experts: {protected}")
+    else:
+        lines.append("pruned: no report of it")
+    lines.append(f"manifest: {' -> '.join(details.commands)}" if details.commands else "manifest: none")
+    return lines

@@ -24,16 +24,33 @@ def test_help_needs_no_torch() -> None:
         assert f"  {code} " in done.stdout
 
 
-def test_missing_extra_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "step128_checkpoint.tiny.cli", None)
-    assert main(["tiny", "out"]) == 78
-    assert "pip install 'step128[checkpoint]'" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["tiny", "calibrate", "chat"])
+def test_missing_extra_is_a_sentence(command: str, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None\n"
+    code += "from step128_checkpoint.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = {"tiny": ["out"], "calibrate": ["in", "out", "--samples-from", "set"], "chat": ["in"]}[command]
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert f"`{command}` needs the package torch" in done.stderr
+    assert "pip install 'step128[checkpoint]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unknown_policy(
     make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["quantize", str(make_checkpoint()), str(tmp_path / "out"), "--policy", "most", "--json"]
+    command = [
+        "quantize",
+        "--method",
+        "mse",
+        str(make_checkpoint()),
+        str(tmp_path / "out"),
+        "--policy",
+        "most",
+        "--json",
+    ]
     assert main(command) == 78
     captured = capsys.readouterr()
     assert json.loads(captured.out)["exit_code"] == 78
@@ -42,7 +59,7 @@ def test_unknown_policy(
 
 def test_output_inside_the_input(make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     source = make_checkpoint()
-    assert main(["quantize", str(source), str(source / "nl4")]) == 73
+    assert main(["quantize", "--method", "mse", str(source), str(source / "nl4")]) == 73
     assert "inside the input" in capsys.readouterr().err
     assert not (source / "nl4").exists()
 
@@ -58,7 +75,7 @@ def test_output_without_permission(
 
     source = make_checkpoint()
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert main(["quantize", str(source), str(tmp_path / "out")]) == 5
+    assert main(["quantize", "--method", "mse", str(source), str(tmp_path / "out")]) == 5
     assert "Permission denied" in capsys.readouterr().err
 
 
@@ -75,7 +92,7 @@ def count(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
     return real(*arguments)
 shards.os.pwrite = count
-sys.exit(main(["quantize", sys.argv[1], sys.argv[2], "--jobs", "2"]))
+sys.exit(main(["quantize", "--method", "mse", sys.argv[1], sys.argv[2], "--jobs", "2"]))
 """
 
 
@@ -92,9 +109,9 @@ def test_names_that_look_like_markup(
     make_checkpoint: Callable[..., Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = make_checkpoint(), tmp_path / name
-    assert main(["quantize", str(source), str(out), "--dry-run"]) == 0
+    assert main(["quantize", "--method", "mse", str(source), str(out), "--dry-run"]) == 0
     assert name in capsys.readouterr().out.replace("\n", "")
-    assert main(["quantize", str(source), str(out)]) == 0
+    assert main(["quantize", "--method", "mse", str(source), str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
     assert main(["inspect", str(out / "[/nothing]")]) == 66
 
@@ -109,7 +126,7 @@ def test_importance_that_is_a_folder(
 
 def test_wrong_usage_is_2(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
-        main(["quantize", str(tmp_path), str(tmp_path / "out"), "--jobs", "0"])
+        main(["quantize", "--method", "mse", str(tmp_path), str(tmp_path / "out"), "--jobs", "0"])
     assert raised.value.code == 2
 
 
@@ -125,10 +142,10 @@ def test_interrupt_keeps_the_work(
     source, out = make_checkpoint(), tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr("step128_checkpoint.conversion.write_synced", interrupt)
-        assert main(["quantize", str(source), str(out)]) == 130
+        assert main(["quantize", "--method", "mse", str(source), str(out)]) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith("interrupted; run the same command again and it resumes")
     assert not out.exists()
-    assert main(["quantize", str(source), str(out), "--json"]) == 0
+    assert main(["quantize", "--method", "mse", str(source), str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["written_tensors"] == 0
     assert report["verified_tensors"] > 50

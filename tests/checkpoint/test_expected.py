@@ -28,7 +28,7 @@ SCALE = r"self_attn\.{}_proj\.{}_scale"
 def both_refuse(source: Path, capsys: pytest.CaptureFixture[str], *messages: str) -> None:
     """`quantize` ends with 65 and writes nothing; `inspect` ends with 65; both say the same."""
     capsys.readouterr()
-    assert main(["quantize", str(source), str(source.parent / "out")]) == 65
+    assert main(["quantize", "--method", "mse", str(source), str(source.parent / "out")]) == 65
     refused = capsys.readouterr().err
     assert not list(source.parent.glob("out*"))
     assert main(["inspect", str(source), "--json"]) == 65
@@ -69,7 +69,7 @@ def test_wrong_shape(make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixt
 def test_checkpoint_without_mtp_is_fine(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint(drop=r"layers\.3\.")
     assert main(["inspect", str(source)]) == 0
-    assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+    assert main(["quantize", "--method", "mse", str(source), str(tmp_path / "out")]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert not {"mtp_linears", "mtp_heads"} & set(entry["quantized_components"])
@@ -84,7 +84,7 @@ def test_kv_scales_may_be_absent(make_checkpoint: MakeCheckpoint, tmp_path: Path
     """Altogether, or in the MTP layers: that is the published 240-expert checkpoint."""
     source = make_checkpoint(drop=drop)
     assert main(["inspect", str(source)]) == 0
-    assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+    assert main(["quantize", "--method", "mse", str(source), str(tmp_path / "out")]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
 
 

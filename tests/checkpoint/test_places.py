@@ -19,7 +19,7 @@ from step128_checkpoint.reader import open_checkpoint
 
 
 def quantize(source: Path, out: Path, *options: str) -> int:
-    return main(["quantize", str(source), str(out), *options])
+    return main(["quantize", "--method", "mse", str(source), str(out), *options])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from step128_checkpoint.reader import open_checkpoint
 
 
 def quantize(source: Path, out: Path) -> int:
-    return main(["quantize", str(source), str(out)])
+    return main(["quantize", "--method", "mse", str(source), str(out)])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_unreadable_input_is_5(
 
     source = make_checkpoint()
     monkeypatch.setattr(Path, "open", refuse)
-    for command in (["inspect", str(source)], ["quantize", str(source), str(tmp_path / "out")]):
+    for command in (["inspect", str(source)], ["quantize", "--method", "mse", str(source), str(tmp_path / "out")]):
         assert main(command) == 5
         assert f"{name}: cannot be read: permission denied" in capsys.readouterr().err
 

@@ -42,7 +42,7 @@ convert(plan, Path(sys.argv[2]), 2, False, count)
 
 
 def quantize(source: Path, out: Path, *options: str) -> int:
-    return main(["quantize", str(source), str(out), "--max-shard-bytes", "60000", *options])
+    return main(["quantize", "--method", "mse", str(source), str(out), "--max-shard-bytes", "60000", *options])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

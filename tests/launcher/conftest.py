@@ -93,8 +93,8 @@ def quantization_config(components: list[str]) -> dict[str, Any]:
         "policy": "all-linears",
         "quantized_components": components,
         "unquantized_components": [],
-        "scale_search": "mse",
-        "importance": None,
+        "method": "mse",
+        "calibration": None,
     }
 
 

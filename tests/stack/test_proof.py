@@ -83,7 +83,7 @@ def test_scales_for_the_trunk_only_as_in_the_published_checkpoint(
     index = json.loads(index_path.read_text())
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name in tensors}
     index_path.write_text(json.dumps(index))
-    result = cli("step128-checkpoint", "quantize", published, tmp_path / "nl4")
+    result = cli("step128-checkpoint", "quantize", "--method", "mse", published, tmp_path / "nl4")
     assert result.returncode == 0, result.stderr
     with launch(tmp_path / "nl4", tmp_path) as server:
         assert all(line.startswith("PASS") for line in server.checks()), server.checks()

@@ -91,8 +91,8 @@ def _quantization(form: Format, policy: str, components: list[str]) -> dict[str,
         "policy": policy,
         "quantized_components": components,
         "unquantized_components": [],
-        "scale_search": "mse",
-        "importance": None,
+        "method": "mse",
+        "calibration": None,
     }
 
 

@@ -1,0 +1,1 @@
+"""What a calibration sweep measures: which experts and input channels matter, and how large K and V get."""

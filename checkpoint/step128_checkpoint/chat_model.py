@@ -1,0 +1,137 @@
+"""Loads a checkpoint, NL4 or plain, into transformers' own Step-3.7 model: the second opinion on what we quantized.
+
+transformers gets the weights under the hub's names and renames, fuses and splits them itself, as it does when it loads
+a plain checkpoint. It asks for each one when its turn comes, and only then is it read and dequantized, so there is
+never a second copy of the model, neither in memory nor on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, Step3p7Config, Step3p7ForConditionalGeneration
+
+from step128_checkpoint.calibration.weights import load_weight, weight_shape
+from step128_checkpoint.dimensions import layer_of
+from step128_checkpoint.errors import CheckpointError, ConfigurationError
+from step128_checkpoint.expected import structure_problems
+from step128_checkpoint.files import size_text
+from step128_checkpoint.kv_scales import KV_SCALE
+from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX
+from step128_checkpoint.reader import Checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class MemoryShortageError(ConfigurationError):
+    """The model does not fit into what is free."""
+
+
+@dataclass(frozen=True)
+class _LazyWeight:
+    """A weight that is read when it is sliced, which is how transformers asks for a tensor of a file."""
+
+    checkpoint: Checkpoint
+    name: str
+    dtype: torch.dtype
+
+    def __getitem__(self, everything: EllipsisType) -> Tensor:
+        return load_weight(self.checkpoint, self.name, self.dtype, "cpu")
+
+
+def needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory that the loaded model takes, with what loading takes besides: the largest layer's experts once more."""
+    sizes = {name: _elements(checkpoint, name) * dtype.itemsize for name in weight_names(checkpoint)}
+    return sum(sizes.values()) + 3 * max(sizes.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; of the host, what the kernel says can be had without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def weight_names(checkpoint: Checkpoint) -> list[str]:
+    """Plain names of the weights that transformers' model has: no MTP layers, no KV scales."""
+    trunk = checkpoint.num_hidden_layers
+    names = []
+    for name in checkpoint.tensors:
+        layer = layer_of(name)
+        if KV_SCALE.fullmatch(name) or name.endswith(f"weight{SCALE_SUFFIX}") or (layer is not None and layer >= trunk):
+            continue
+        names.append(name.removesuffix(PACKED_SUFFIX) if name.endswith(f"weight{PACKED_SUFFIX}") else name)
+    return names
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, say: Callable[[str], None] = lambda text: None
+) -> Any:
+    """Load transformers' Step3p7ForConditionalGeneration from a checkpoint; in float32 its weights are exact.
+
+    Args:
+        checkpoint: opened; its files are opened and closed here.
+        dtype: of the model.
+        device: where it will run; it is put together in the host's memory first.
+        say: told how much memory is needed and free, before anything is loaded.
+
+    Raises:
+        MemoryShortageError: it does not fit.
+        CheckpointError: the checkpoint contradicts its config.json, or transformers cannot load it.
+    """
+    if problems := structure_problems(checkpoint):
+        raise CheckpointError(problems[0])
+    needed = needed_bytes(checkpoint, dtype)
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        free = free_bytes(place)
+        say(f"{size_text(needed)} of memory are needed in {str(dtype).removeprefix('torch.')}, "
+            f"{size_text(free)} are free on {place}")  # fmt: skip
+        if needed > free:
+            raise MemoryShortageError(
+                f"{checkpoint.folder}: {size_text(needed)} of memory are needed on {place}, {size_text(free)} are "
+                "free. Try --dtype bfloat16, or `perplexity`, which holds one layer at a time."
+            )
+    values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    with checkpoint:
+        try:
+            model, loading = Step3p7ForConditionalGeneration.from_pretrained(
+                None,
+                config=Step3p7Config.from_dict(values),
+                state_dict={
+                    name: _LazyWeight(checkpoint, name, _kept(name, dtype)) for name in weight_names(checkpoint)
+                },
+                dtype=dtype,
+                output_loading_info=True,
+            )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: transformers {transformers.__version__} cannot load it: {error}"
+            ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            raise CheckpointError(
+                f"{checkpoint.folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}, ..."
+            )
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.to(device)
+
+
+def _kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Read the router's bias as it is stored, so that it is rounded once at most, by transformers."""
+    return torch.float32 if name.endswith("router_bias") else dtype
+
+
+def _elements(checkpoint: Checkpoint, name: str) -> int:
+    count = 1
+    for length in weight_shape(checkpoint, name):
+        count *= length
+    return count
