@@ -157,11 +157,26 @@ def _pruning(details: Details | None) -> str:
     pruning = details.pruning if details else None
     if pruning is None:
         return ""
+    before = f" of {pruning.before}" if pruning.before else ""
     protected = ", ".join(f"layer {layer} expert {expert}" for layer, expert in pruning.super_experts) or "none"
-    return (
-        f"## Pruning\n\n{pruning.keep} experts of each MoE layer were kept, by the criterion `{pruning.criterion}`. "
-        f"Super-experts, always kept: {protected}.\n\nCalibration: `{json.dumps(pruning.calibration)}`"
-    )
+    parts = [
+        f"## Pruning\n\n{pruning.keep}{before} experts of each MoE layer were kept, by {pruning.criterion}. "
+        f"Super-experts, always kept: {protected}."
+    ]
+    if pruning.calibration:
+        parts.append(_calibration(pruning.calibration))
+    return "\n\n".join(parts)
+
+
+def _calibration(calibration: Any) -> str:
+    """The set that the experts were measured on, its mixture as a table if it has one."""
+    samples = calibration.get("samples") if isinstance(calibration, dict) else None
+    mixture = samples.get("mixture") if isinstance(samples, dict) else None
+    if not isinstance(mixture, list) or not all(isinstance(part, dict) for part in mixture):
+        return f"Measured on: `{json.dumps(calibration)}`"
+    keys = [key for key in ("name", "kind", "source", "samples", "tokens") if any(key in part for part in mixture)]
+    rows = [tuple(_value(part.get(key, "")) for key in keys) for part in mixture]
+    return f"Measured on (calibration `{calibration.get('sha256')}`):\n\n{table(keys, rows)}"
 
 
 def _quality(folder: Path) -> str:

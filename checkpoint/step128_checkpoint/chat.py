@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, TextStreamer
 
 from step128_checkpoint.chat_model import DTYPES, load_model
 from step128_checkpoint.commands.options import positive
+from step128_checkpoint.devices import find_device
 from step128_checkpoint.errors import CheckpointError, ConfigurationError
 from step128_checkpoint.reader import open_checkpoint
 
@@ -132,19 +133,3 @@ def load_tokenizer(folder: Path) -> Any:
     if not tokenizer.chat_template:
         raise CheckpointError(f"{folder}: no chat template. Copy chat_template.jinja from the original model.")
     return tokenizer
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is a GPU if there is one.
-
-    Raises:
-        ConfigurationError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device

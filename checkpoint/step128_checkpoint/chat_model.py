@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, Step3p7Config, Step3p7ForConditionalGeneration
 
 from step128_checkpoint.calibration.weights import load_weight, weight_shape
+from step128_checkpoint.devices import free_bytes
 from step128_checkpoint.dimensions import layer_of
 from step128_checkpoint.errors import CheckpointError, ConfigurationError
 from step128_checkpoint.expected import structure_problems
@@ -50,14 +50,6 @@ def needed_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Memory that the loaded model takes, with what loading takes besides: the largest layer's experts once more."""
     sizes = {name: _elements(checkpoint, name) * dtype.itemsize for name in weight_names(checkpoint)}
     return sum(sizes.values()) + 3 * max(sizes.values())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; of the host, what the kernel says can be had without swapping."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def weight_names(checkpoint: Checkpoint) -> list[str]:

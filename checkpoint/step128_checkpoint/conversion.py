@@ -38,6 +38,9 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 Notes = dict[str, dict[str, Any]]
 
+# The input's model card would be read as the product's: `model-card` writes one.
+_REWRITTEN = ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md")
+
 # Other formats' weights, and reports about the input alone, would be wrong beside the new weights.
 _NOT_CARRIED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", "_report.json")
 
@@ -101,8 +104,8 @@ def copy_step(checkpoint: Checkpoint, tensor: TensorInfo) -> Step:
 def carried_files(folder: Path) -> list[Path]:
     """Files that go along unchanged: tokenizer, chat template, generation config, code, licence, ...
 
-    Everything but weights, their index, config.json and the manifest (rewritten), reports about the input, and hidden
-    files. Paths are relative to ``folder``, sorted.
+    Everything but weights, their index, config.json and the manifest (rewritten), reports about the input and its model
+    card, and hidden files. Paths are relative to ``folder``, sorted.
 
     Raises:
         PermissionDeniedError: one of them may not be read (better known now than after hours).
@@ -112,7 +115,7 @@ def carried_files(folder: Path) -> list[Path]:
         path
         for path in files
         if not any(part.startswith(".") for part in path.parts)
-        and str(path) not in ("config.json", INDEX_NAME, MANIFEST_NAME)
+        and str(path) not in _REWRITTEN
         and not path.name.endswith(_NOT_CARRIED_SUFFIXES)
     )
     for path in carried:

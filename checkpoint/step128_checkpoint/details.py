@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from step128_checkpoint.calibration.match import PRUNING_NAME
 from step128_checkpoint.dimensions import layer_of, read_dimensions
 from step128_checkpoint.errors import CheckpointError
 from step128_checkpoint.files import read_json_object
 from step128_checkpoint.reader import Checkpoint
 from step128_checkpoint.recipe import read_recipe
 
-PRUNING_NAME = "step128_pruning.json"
 DOWNLOAD_NAME = "step128_download.json"
 
 _Report = TypeVar("_Report")
@@ -21,10 +21,14 @@ _Report = TypeVar("_Report")
 
 @dataclass(frozen=True)
 class PruningDetails:
-    """What was pruned: ``keep`` experts of each MoE layer stay; ``super_experts`` are (layer, original expert)."""
+    """What was pruned: ``keep`` experts of ``before`` (None: not said) of each MoE layer stay.
+
+    ``super_experts`` are (layer, original expert), ``kept_experts`` original numbers by layer.
+    """
 
     criterion: str
     keep: int
+    before: int | None
     calibration: Any
     super_experts: tuple[tuple[int, int], ...]
     kept_experts: dict[int, tuple[int, ...]]
@@ -97,8 +101,9 @@ def read_pruning(folder: Path) -> PruningDetails | None:
     report = read_json_object(path)
     try:
         return PruningDetails(
-            criterion=str(report["criterion"]),
+            criterion=str(report["criterion"] or "a given list"),
             keep=int(report["keep"]),
+            before=int(report["of"]) if "of" in report else None,
             calibration=report.get("calibration"),
             super_experts=tuple((int(layer), int(expert)) for layer, expert in report["super_experts"]),
             kept_experts={int(layer): tuple(map(int, kept)) for layer, kept in report["kept_experts"].items()},

@@ -167,8 +167,10 @@ class _Quantizer:
             OutputTensor(tensor.name + PACKED_SUFFIX, "U8", packed_shape, tensor.path.name),
             OutputTensor(tensor.name + SCALE_SUFFIX, "F16", scale_shape, tensor.path.name),
         )
-        memory_bytes = MATRICES_IN_MEMORY * columns * columns * 4 if feedback else 0
-        return Step(outputs, blocks.pieces, produce, _PIECE_MEMORY_BYTES, memory_bytes, notes)
+        matrix_bytes = columns * columns * 4 if feedback else 0
+        # An expert's piece has a factor of its own.
+        piece_bytes = _PIECE_MEMORY_BYTES + (matrix_bytes if len(tensor.shape) == 3 else 0)
+        return Step(outputs, blocks.pieces, produce, piece_bytes, MATRICES_IN_MEMORY * matrix_bytes, notes)
 
     def _quantize(
         self,
@@ -180,7 +182,8 @@ class _Quantizer:
     ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
         if feedback and self.weighting.hessians is not None:
             factor = self.weighting.hessians.factor(tensor, matrix, importance)
-            return engine.quantize_with_feedback(weight, factor, importance)
+            if factor is not None:
+                return engine.quantize_with_feedback(weight, factor, importance)
         scale_search: codebook.ScaleSearch = "absmax" if self.method == "absmax" else "mse"
         weights = importance if self.method in ("importance", "gptq") else None
         return engine.quantize(weight, weights, scale_search, self.device)

@@ -67,7 +67,8 @@ def describe(details: Details) -> list[str]:
         lines.append(f"NL4 method: {details.method}")
     if pruning := details.pruning:
         protected = ", ".join(f"{layer}/{expert}" for layer, expert in pruning.super_experts) or "none"
-        lines.append(f"pruned: {pruning.keep} experts kept by {pruning.criterion}; super-experts: {protected}")
+        before = f" of {pruning.before}" if pruning.before else ""
+        lines.append(f"pruned: {pruning.keep}{before} experts kept by {pruning.criterion}; super-experts: {protected}")
     else:
         lines.append("pruned: no report of it")
     lines.append(f"manifest: {' -> '.join(details.commands)}" if details.commands else "manifest: none")

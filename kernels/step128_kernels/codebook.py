@@ -12,7 +12,7 @@ times 8. The codebook is that of IQ4_NL (ggml, https://github.com/ggml-org/llama
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,14 @@ Float16Array = NDArray[np.float16]
 _CODEBOOK_F32 = np.asarray(CODEBOOK, dtype=np.float32)
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
-# Starting points of the scale search, as fractions of the scale that puts the largest weight on -127; each is tried
-# with both signs because the codebook is not symmetric. Finer grids gain under 0.02 dB.
-_SEARCH_FRACTIONS = np.linspace(0.78, 1.22, 10, dtype=np.float32)
+# Starting points of the scale search, as multiples of a group's largest magnitude: around the scale that puts it on
+# -127, and with both signs because the codebook is not symmetric. Finer grids gain under 0.02 dB.
+SEARCH_STARTS: Float32Array = np.multiply.outer(
+    np.asarray([1, -1], dtype=np.float32) * np.float32(SCALE_DIVISOR / 127),
+    np.linspace(0.78, 1.22, 10, dtype=np.float32),
+).reshape(-1)
+SEARCH_FITS = 2  # least-squares fits from each start: the second, after indices moved, gains; a third does not
+ABSMAX_START = np.float32(SCALE_DIVISOR / 127)
 _GROUPS_PER_BLOCK = 1 << 14  # 1 MiB of float32: every temporary of the search stays in a core's cache
 
 
@@ -50,7 +55,7 @@ def _nearest_table() -> Uint8Array:
     return np.asarray(distance.argmin(axis=1), dtype=np.uint8)
 
 
-_NEAREST = _nearest_table()
+NEAREST: Uint8Array = _nearest_table()
 
 
 def pack_indices(indices: Uint8Array) -> Uint8Array:
@@ -125,26 +130,19 @@ def quantize(
             importance is negative or not finite.
     """
     columns = weight.shape[-1] if weight.ndim else 0
-    if columns == 0 or columns % GROUP_SIZE:
-        raise ValueError(f"the input dimension is {columns}, NL4 needs a multiple of {GROUP_SIZE}")
-    if scale_search not in ("mse", "absmax"):
-        raise ValueError(f"scale_search is {scale_search!r}, it must be 'mse' or 'absmax'")
+    check_quantizable(columns, extremes(weight), None if importance is None else extremes(importance), scale_search)
     groups = np.ascontiguousarray(weight, dtype=np.float32).reshape(-1, GROUP_SIZE)
-    channel_importance = None if importance is None else _checked_importance(importance, weight.shape)
+    channels = None if importance is None else np.broadcast_to(importance.astype(np.float32), weight.shape)
     scale = np.empty(groups.shape[0], dtype=np.float16)
     indices = np.empty(groups.shape, dtype=np.uint8)
     for start in range(0, groups.shape[0], _GROUPS_PER_BLOCK):
         stop = min(start + _GROUPS_PER_BLOCK, groups.shape[0])
         block = groups[start:stop]
         largest = np.abs(block).max(axis=1)
-        if not np.isfinite(largest).all():
-            raise ValueError("the weight holds NaN or infinity")
-        if largest.max(initial=0.0) * SCALE_DIVISOR / 127 > _FLOAT16_MAX:
-            raise ValueError(f"a weight of magnitude {largest.max():g} needs a scale beyond float16")
         if scale_search == "absmax":
-            best = (largest * np.float32(SCALE_DIVISOR / 127)).astype(np.float16)
+            best = (largest * ABSMAX_START).astype(np.float16)
         else:
-            picked = None if channel_importance is None else _normalised(_groups_of(channel_importance, start, stop))
+            picked = None if channels is None else relative_importance(_groups_of(channels, start, stop))
             best = _search_scale(block, largest, picked)
         scale[start:stop] = best
         indices[start:stop] = _nearest_indices(block, best)
@@ -152,11 +150,33 @@ def quantize(
     return pack_indices(indices.reshape(*rows, columns)), scale.reshape(*rows, columns // GROUP_SIZE)
 
 
-def _checked_importance(importance: Float32Array, shape: tuple[int, ...]) -> Float32Array:
-    """The importance broadcast to the weight's shape (a view, no copy)."""
-    if not np.isfinite(importance).all() or (importance < 0).any():
+def check_quantizable(
+    columns: int, weight: tuple[float, float], importance: tuple[float, float] | None, scale_search: str
+) -> None:
+    """Raise the ValueErrors of :func:`quantize`, for any implementation of it.
+
+    Args:
+        columns: K.
+        weight: least and largest value, NaN if there is one.
+        importance: the same, or None without importances.
+        scale_search: the method's name.
+    """
+    if columns == 0 or columns % GROUP_SIZE:
+        raise ValueError(f"the input dimension is {columns}, NL4 needs a multiple of {GROUP_SIZE}")
+    if scale_search not in ("mse", "absmax"):
+        raise ValueError(f"scale_search is {scale_search!r}, it must be 'mse' or 'absmax'")
+    if importance is not None and not (importance[0] >= 0 and np.isfinite(importance[1])):
         raise ValueError("an importance is negative, NaN or infinite")
-    return np.broadcast_to(importance.astype(np.float32), shape)
+    if not (np.isfinite(weight[0]) and np.isfinite(weight[1])):
+        raise ValueError("the weight holds NaN or infinity")
+    largest = max(-weight[0], weight[1])
+    if largest * SCALE_DIVISOR / 127 > _FLOAT16_MAX:
+        raise ValueError(f"a weight of magnitude {largest:g} needs a scale beyond float16")
+
+
+def extremes(array: NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """Least and largest value of an array, for :func:`check_quantizable`; zeros if it is empty."""
+    return (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
 
 
 def _groups_of(array: Float32Array, start: int, stop: int) -> Float32Array:
@@ -170,8 +190,8 @@ def _groups_of(array: Float32Array, start: int, stop: int) -> Float32Array:
     return block.reshape(-1, GROUP_SIZE)[offset : offset + stop - start]
 
 
-def _normalised(importance: Float32Array) -> Float32Array:
-    """Importances relative to their group's largest; a channel never counts less than a ten-thousandth of that.
+def relative_importance(importance: Float32Array) -> Float32Array:
+    """Importances ``[groups, 16]`` relative to their group's largest; a channel counts at least a ten-thousandth of it.
 
     The floor keeps the search from erasing weights of channels that calibration happened not to see.
     """
@@ -182,46 +202,54 @@ def _normalised(importance: Float32Array) -> Float32Array:
 
 def _nearest_indices(groups: Float32Array, scale: Float16Array) -> Uint8Array:
     """Nearest codebook index of each value under its group's scale; index 8 (the entry nearest to 0) if it is 0."""
+    return _lookup(groups * _inverse(scale)[:, None])
+
+
+def _inverse(scale: Float16Array) -> Float32Array:
+    """What turns a weight into codebook units: 128 / scale, or 0 if the scale is 0."""
     wide = scale.astype(np.float32)
-    inverse = np.divide(np.float32(SCALE_DIVISOR), wide, out=np.zeros_like(wide), where=wide != 0)
-    return _lookup(groups * inverse[:, None])
+    return np.divide(np.float32(SCALE_DIVISOR), wide, out=np.zeros_like(wide), where=wide != 0)
 
 
 def _lookup(codes: Float32Array) -> Uint8Array:
     """Nearest codebook index of each value, given in codebook units."""
     bins = np.clip(codes, -128.0, 127.75) * np.float32(2) + np.float32(256)
-    return _NEAREST[bins.astype(np.int16)]  # the cast truncates, which is floor: bins are never negative
+    return NEAREST[bins.astype(np.int16)]  # the cast truncates, which is floor: bins are never negative
 
 
 def _search_scale(groups: Float32Array, largest: Float32Array, importance: Float32Array | None) -> Float16Array:
     """Scale of each group with the smallest (weighted) squared error; see :func:`quantize`."""
-    weighted = groups if importance is None else groups * importance
+    columns = np.ascontiguousarray(groups.T)
+    weights = np.ones((GROUP_SIZE, 1), dtype=np.float32) if importance is None else np.ascontiguousarray(importance.T)
+    weighted = columns * weights
     best_scale = np.zeros(groups.shape[0], dtype=np.float16)
     best_gain = np.zeros(groups.shape[0], dtype=np.float32)
-    for sign in (np.float32(1), np.float32(-1)):
-        for fraction in _SEARCH_FRACTIONS:
-            scale = largest * (sign * fraction * np.float32(SCALE_DIVISOR / 127))
-            for _ in range(2):  # a second least-squares fit, after indices moved, gains; a third does not
-                stored, gain, refit = _score(groups, weighted, importance, scale)
-                better = gain > best_gain
-                best_gain[better] = gain[better]
-                best_scale[better] = stored[better]
-                scale = refit
+    for start in SEARCH_STARTS:
+        scale = largest * start
+        for _ in range(SEARCH_FITS):
+            stored, gain, refit = _score(columns, weighted, weights, scale)
+            better = gain > best_gain
+            best_gain[better] = gain[better]
+            best_scale[better] = stored[better]
+            scale = refit
     return best_scale
 
 
 def _score(
-    groups: Float32Array, weighted: Float32Array, importance: Float32Array | None, scale: Float32Array
+    columns: Float32Array, weighted: Float32Array, weights: Float32Array, scale: Float32Array
 ) -> tuple[Float16Array, Float32Array, Float32Array]:
     """Rate one scale a group: (scale as stored, squared error saved by it, least-squares scale for its indices).
 
-    With q the codebook values picked, the error is sum(i x^2) - gain, gain = 2 s sum(i x q) - s^2 sum(i q^2).
+    With q the codebook values picked, the error is sum(i x^2) - gain, gain = 2 s sum(i x q) - s^2 sum(i q^2). Sums are
+    formed column after column in float32, so that any implementation can come to the same bits.
     """
     stored = np.clip(scale, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
-    codes = _CODEBOOK_F32[_nearest_indices(groups, stored)]
-    cross = np.einsum("gk,gk->g", weighted, codes)
-    weighted_codes = codes if importance is None else codes * importance
-    square = np.einsum("gk,gk->g", weighted_codes, codes)
+    inverse = _inverse(stored)
+    cross, square = np.zeros_like(scale), np.zeros_like(scale)
+    for column, weighted_column, weight in zip(columns, weighted, weights, strict=True):
+        codes = _CODEBOOK_F32[_lookup(column * inverse)]
+        cross += weighted_column * codes
+        square += codes * weight * codes
     unit = stored.astype(np.float32) / np.float32(SCALE_DIVISOR)
     gain = unit * (2 * cross - unit * square)
     refit = np.divide(cross, square, out=np.zeros_like(cross), where=square > 0) * np.float32(SCALE_DIVISOR)

@@ -42,7 +42,7 @@ def test_inspect_reports_problems(
 
 def test_inspect_details(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", make_checkpoint(), tmp_path / "nl4", "--method", "absmax") == 0
-    report = {"criterion": "reap", "keep": 4, "super_experts": [[1, 3]], "kept_experts": {"1": [0, 1, 2, 3]}}
+    report = {"criterion": "reap", "keep": 4, "of": 6, "super_experts": [[1, 3]], "kept_experts": {"1": [0, 1, 2, 3]}}
     (tmp_path / "nl4" / "step128_pruning.json").write_text(json.dumps(report))
     capsys.readouterr()
     assert run("inspect", tmp_path / "nl4", "--json") == 0
@@ -54,7 +54,7 @@ def test_inspect_details(make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys
     assert run("inspect", tmp_path / "nl4") == 0
     text = capsys.readouterr().out
     assert "3, 2 of them with 4 routed experts" in text and "MTP layers: 1 of 1" in text
-    assert "4 experts kept by reap; super-experts: 1/3" in text and "manifest: quantize" in text
+    assert "4 of 6 experts kept by reap; super-experts: 1/3" in text and "manifest: quantize" in text
     assert "NL4 method: absmax" in text
 
 

@@ -15,7 +15,8 @@ from step128_checkpoint.memory import DEFAULT_MAX_MEMORY_BYTES, memory_size
 EXIT_CODES = """exit codes:
   0 done    1 internal error    2 wrong usage    5 permission denied
   65 bad checkpoint or data (`inspect`, `verify`: there are problems)
-  66 input not found    73 output cannot be written (exists, overlaps the input, disk full)
+  66 input not found    69 the hub cannot be reached
+  73 output cannot be written (exists, overlaps the input, disk full)
   78 unknown policy, bad policy file, impossible option or missing package
   130 interrupted by Ctrl-C (run the same command again and it resumes)"""
 

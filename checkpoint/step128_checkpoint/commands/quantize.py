@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(arguments.input)
     check_output(arguments.input, arguments.output)
     plan_quantization(checkpoint, policy)  # finds what is wrong with the input before hours of calibration
-    device = engine.find_device(arguments.device)
+    device = engine.device_name(arguments.device)
     calibration = _calibration(arguments, checkpoint)
     conversion = plan_quantization(
         checkpoint,

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from step128_checkpoint.dtypes import Float32Array
-from step128_checkpoint.errors import ConfigurationError
 from step128_checkpoint.quantization.quality import ErrorSums
 from step128_kernels import codebook
 from step128_kernels.codebook import Float16Array, Uint8Array
@@ -24,26 +23,18 @@ def compiled() -> bool:
     return find_spec("numba") is not None
 
 
-def find_device(wanted: str) -> str:
-    """``cpu``, or torch's name of a GPU. ``auto`` takes a GPU that torch can use, and looks for torch only if the
-    machine has one.
+def device_name(wanted: str) -> str:
+    """``cpu``, or torch's name of a GPU; ``auto`` looks for torch only if the machine has a GPU.
 
     Raises:
         ConfigurationError: the wanted device cannot be used.
     """
-    if wanted == "cpu" or (wanted == "auto" and not any(path.exists() for path in _GPU_DEVICES)):
+    has_gpu = any(path.exists() for path in _GPU_DEVICES)
+    if wanted == "cpu" or (wanted == "auto" and not (has_gpu and find_spec("torch"))):
         return "cpu"
-    try:
-        import torch
+    from step128_checkpoint.devices import find_device
 
-        if wanted == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        torch.empty(1, device=wanted)
-    except (ModuleNotFoundError, RuntimeError, AssertionError) as error:
-        if wanted == "auto":
-            return "cpu"
-        raise ConfigurationError(f"device {wanted} cannot be used: {error}") from error
-    return wanted
+    return str(find_device(wanted))
 
 
 def quantize(

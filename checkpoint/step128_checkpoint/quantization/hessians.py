@@ -17,8 +17,8 @@ from step128_checkpoint.reader import Checkpoint
 # Pieces in flight touch at most two matrices, the one that ends and the one that begins, unless matrices are small.
 _CACHED_BYTES = 1 << 28
 _FEWEST_CACHED = 2
-MATRICES_IN_MEMORY = 4
-"""Square float32 matrices [K, K] at once: the Hessian, LAPACK's copy of it, and the factors of two weights."""
+MATRICES_IN_MEMORY = 6
+"""Square float32 matrices [K, K] at once: the Hessian, LAPACK's copy of it in float64, its factor, two kept."""
 
 _SMALLEST_RATIO = 1e-4  # of an expert's second moment to its layer's: a channel that an expert never saw still counts
 
@@ -42,14 +42,14 @@ class Hessians:
         self._source = Checkpoint(folder, {}, tensors)
         self._source.open_files()
         self._lock = threading.Lock()
-        self._factors: OrderedDict[tuple[str, int], tuple[Float32Array, Float32Array]] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, int], tuple[Float32Array, Float32Array] | None] = OrderedDict()
 
     def has(self, tensor: TensorInfo) -> bool:
         """Whether there is one for this weight."""
         return hessian_key(tensor.name) in self._source.tensors
 
-    def factor(self, tensor: TensorInfo, matrix: int, second_moment: Float32Array | None) -> Float32Array:
-        """Upper Cholesky factor [K, K] of the inverse Hessian of one matrix of a weight.
+    def factor(self, tensor: TensorInfo, matrix: int, second_moment: Float32Array | None) -> Float32Array | None:
+        """Upper Cholesky factor [K, K] of the inverse Hessian of one matrix of a weight; None if it saw no token.
 
         The experts of a layer share the Hessian H of the layer's tokens; an expert that saw the second moments d² times
         those of the layer gets D H D, whose inverse's factor is that of H with its columns divided by d.
@@ -61,32 +61,40 @@ class Hessians:
         info = self._source.tensors[key]
         own = len(info.shape) == 3  # a matrix of its own for each expert
         with self._lock:
-            found = self._factors.get((key, matrix if own else 0)) or self._make(
-                key, info, tensor, matrix if own else 0
-            )
+            place = key, matrix if own else 0
+            if place not in self._factors:
+                self._keep(place, self._make(info, tensor, place), columns=tensor.shape[-1])
+            found = self._factors[place]
+        if found is None:
+            return None
         shared, moments = found
         if own or second_moment is None or len(tensor.shape) == 2:
             return shared
         ratio = np.divide(second_moment, moments, out=np.ones_like(moments), where=moments > 0)
-        return shared / np.sqrt(np.maximum(ratio, np.float32(_SMALLEST_RATIO)))[None, :]
+        scaled: Float32Array = shared / np.sqrt(np.maximum(ratio, np.float32(_SMALLEST_RATIO)))[None, :]
+        return scaled
 
-    def _make(self, key: str, info: TensorInfo, tensor: TensorInfo, matrix: int) -> tuple[Float32Array, Float32Array]:
-        columns = tensor.shape[-1]
+    def _make(
+        self, info: TensorInfo, tensor: TensorInfo, place: tuple[str, int]
+    ) -> tuple[Float32Array, Float32Array] | None:
+        from step128_checkpoint.quantization.gptq import factor  # numba: a second to import
+
+        (key, matrix), columns = place, tensor.shape[-1]
         if info.dtype != "F32" or info.shape[-2:] != (columns, columns) or (info.shape[:-2] or (1,))[0] <= matrix:
             raise CheckpointError(
                 f"{info.path}: {key} is {info.dtype} {list(info.shape)}; {tensor.name} needs F32 [{columns}, {columns}]"
             )
-        from step128_checkpoint.quantization import gptq  # numba: a second to import
-
         size_bytes = columns * columns * 4
         hessian = to_float32(self._source.read(key, matrix * size_bytes, size_bytes), "F32", (columns, columns))
         moments = np.ascontiguousarray(np.diagonal(hessian))
+        if not moments.any():
+            return None
         try:
-            made = gptq.factor(hessian), moments
+            return factor(hessian), moments
         except ValueError as error:
             raise CheckpointError(f"{info.path}: {key}: {error}") from error
-        self._factors[key, matrix] = made
-        most = max(_FEWEST_CACHED, _CACHED_BYTES // size_bytes)
-        while len(self._factors) > most:
+
+    def _keep(self, place: tuple[str, int], made: tuple[Float32Array, Float32Array] | None, columns: int) -> None:
+        self._factors[place] = made
+        while len(self._factors) > max(_FEWEST_CACHED, _CACHED_BYTES // (columns * columns * 4)):
             self._factors.popitem(last=False)
-        return made

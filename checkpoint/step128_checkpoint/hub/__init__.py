@@ -1,0 +1,1 @@
+"""Fetching a checkpoint from the Hugging Face hub: checked before, resumable, verified after."""
