@@ -54,4 +54,4 @@ tune: $(STAMP)
 	$(BIN)/step128-kernels tune
 
 clean:
-	rm -rf "$(DEMO_DIR)"/tiny "$(DEMO_DIR)"/tiny-nl4 "$(DEMO_DIR)"/state .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf "$(DEMO_DIR)"/tiny "$(DEMO_DIR)"/tiny-nl4 "$(DEMO_DIR)"/tiny-nl4.calibration "$(DEMO_DIR)"/state .pytest_cache .mypy_cache .ruff_cache dist
