@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from conftest import write_safetensors
+from safetensors.numpy import save_file
 
 from step128_checkpoint.tiny.reference import held_out_tokens
 
@@ -28,10 +28,7 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     ids = np.concatenate(samples).astype("<i4")
     starts = np.cumsum([0, *map(len, samples)]).astype("<i8")
-    write_safetensors(
-        folder / "token_ids.safetensors",
-        {"token_ids": ("I32", [len(ids)], ids.tobytes()), "starts": ("I64", [len(starts)], starts.tobytes())},
-    )
+    save_file({"token_ids": ids, "starts": starts}, folder / "token_ids.safetensors")
     images = images or {}
     names = ["token_ids.safetensors", *(name for found in images.values() for name in found)]
     part = {"name": "text", "kind": "text", "source": "test", "weight": 1.0, "wanted": len(samples)}

@@ -169,28 +169,3 @@ def test_quantize_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             gptq.quantize(*arguments)
-
-
-def test_expert_hessian_has_the_experts_moments_and_the_layers_correlations() -> None:
-    shared = second_moments(inputs(48))
-    moments = np.random.default_rng(3).exponential(size=48).astype(np.float32)
-    moments[5] = 0
-    own = gptq.expert_hessian(shared, moments)
-    np.testing.assert_allclose(np.diagonal(own), moments, rtol=1e-5)
-    seen = moments > 0
-    deviation, layer_deviation = np.sqrt(moments[seen]), np.sqrt(np.diagonal(shared)[seen])
-    correlation = own[seen][:, seen] / np.multiply.outer(deviation, deviation)
-    layer_correlation = shared[seen][:, seen] / np.multiply.outer(layer_deviation, layer_deviation)
-    np.testing.assert_allclose(correlation, layer_correlation, atol=1e-5)
-    assert not own[5].any()
-    assert np.isfinite(gptq.factor(own)).all()
-
-
-def test_expert_hessian_of_channels_and_experts_without_tokens() -> None:
-    values = inputs(32)
-    values[:, 3] = 0
-    shared = second_moments(values)
-    own = gptq.expert_hessian(shared, np.full(32, 2, np.float32))
-    assert not own[3].any()
-    assert np.isfinite(own).all()
-    assert np.array_equal(gptq.expert_hessian(shared, np.zeros(32, np.float32)), shared)

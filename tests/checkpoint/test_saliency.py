@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,26 @@ def test_saliency_is_that_of_a_dense_computation(tiny: Path, number: int, limit:
         # float32 against float64; by the whole, since a single small value may be a difference of large ones
         assert (importance[key] - wanted).norm() <= 1e-5 * wanted.norm(), name
         assert torch.equal(importance[key] == 0, wanted == 0), name
+
+
+def test_a_closed_observer_lets_go_of_the_layer(tiny: Path) -> None:
+    layer = layer_of(tiny, UNLIMITED)
+    hidden = random(1, 40, 192)
+    want = run_layer(layer, UNLIMITED, hidden)
+    observer = LayerObserver(layer, UNLIMITED)
+    observer.start(None, held_out=False)
+    run_layer(layer, UNLIMITED, hidden, observer.kv)
+    before = observer.importance
+    observer.close()
+    assert torch.equal(run_layer(layer, UNLIMITED, hidden), want)
+    assert all(torch.equal(observer.importance[name], values) for name, values in before.items())
+    weight = weakref.ref(layer.mlp.experts.gate_up_proj)
+    gc.disable()  # a layer is gigabytes: it must not wait for the collector
+    try:
+        del layer
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_held_out_batches_count_for_nothing_but_the_overflows(tiny: Path) -> None:

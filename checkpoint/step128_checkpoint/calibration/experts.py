@@ -46,13 +46,24 @@ def run_experts(
         end = start + counts[expert]
         if end > start:
             index, gate = tokens[start:end], gates[start:end]
-            inputs = hidden[index]
+            inputs = hidden[F.pad(index, (0, _extra_rows(end - start, hidden)))]
             inner = experts._apply_gate(F.linear(inputs, experts.gate_up_proj[expert]))
-            outputs = F.linear(inner, experts.down_proj[expert])
-            on_expert(expert, inputs, inner, outputs, gate)
+            outputs = F.linear(inner, experts.down_proj[expert])[: end - start]
+            on_expert(expert, inputs[: end - start], inner[: end - start], outputs, gate)
             final.index_add_(0, index, (outputs * gate[:, None]).to(final.dtype))
         start = end
     return final
+
+
+def _extra_rows(rows: int, hidden: Tensor) -> int:
+    """Rows to add, and to drop afterwards, so that few different numbers of rows occur: an eighth more at most, or 7.
+
+    In 16-bit types a CPU's matrix product is compiled for each number of rows: 2 ms, and 0.7 MB kept (measured).
+    """
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float32:
+        return 0
+    step = max(8, 1 << max(0, rows.bit_length() - 4))
+    return -rows % step
 
 
 class SaliencySums:

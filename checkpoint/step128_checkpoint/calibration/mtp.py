@@ -48,7 +48,7 @@ class DraftLayer:
 
     def real(self, batch: Batch) -> Tensor:
         """Bool ``[B * T]`` on the CPU: the rows that mean something."""
-        positions = torch.arange(max(batch.lengths))
+        positions = torch.arange(batch.width)
         return ((positions >= self.position) & (positions < torch.tensor(batch.lengths)[:, None] - 1)).flatten()
 
 

@@ -130,7 +130,7 @@ def _memory(plan: Plan, matrices: dict[str, int]) -> tuple[int, int]:
         layer = layer_of(f"{key}.")
         stage = -1 if layer is None or layer in mtp else layer
         weights[stage] = weights.get(stage, 0) + matrix_bytes
-    longest = max(max(batch.lengths) for batch in plan.batches)
+    longest = max(batch.width for batch in plan.batches)
     tokens = max(plan.options.batch_tokens, longest)
     width = max(d.heads) * d.head_dim
     inner = max(d.intermediate_size, 2 * d.moe_intermediate_size, d.shared_expert_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class LayerObserver:
         self._real: Tensor | None = None
         self._moments: dict[tuple[str, ...], SecondMoments] = {}
         self._saliency: SaliencySums | None = None
+        self._attached: list[Callable[[], None]] = []
         self.kv = KvRanges(self._device) if moments else None
         sparse = isinstance(layer.mlp, Step3p7SparseMoeBlock)
         if moments:
@@ -63,6 +65,11 @@ class LayerObserver:
                 self._watch(linear, weights)
         if sparse:
             self._watch_experts(layer.mlp, saliency, moments)
+
+    def close(self) -> None:
+        """Detach from the layer: what was seen stays. Else the layer's memory, being in a cycle, would stay too."""
+        while self._attached:
+            self._attached.pop()()
 
     def start(self, real: Tensor | None, held_out: bool) -> None:
         """Say what the next batch holds.
@@ -109,7 +116,7 @@ class LayerObserver:
                 rows = inputs[0].flatten(0, -2)
                 moments.add(rows if self._real is None else rows[self._real])
 
-        module.register_forward_pre_hook(see)
+        self._attached.append(module.register_forward_pre_hook(see).remove)
 
     def _watch_experts(self, block: Step3p7SparseMoeBlock, saliency: bool, moments: bool) -> None:
         experts = block.experts
@@ -134,3 +141,4 @@ class LayerObserver:
             return run_experts(experts, hidden, choice, gates, self._real, see)
 
         experts.forward = forward
+        self._attached.append(lambda: delattr(experts, "forward"))  # the class's shows again

@@ -79,6 +79,7 @@ def measure_layer(
         ranking = LayerObserver(layer, number, moments=False)
         counted = [batch for batch in batches if not batch.held_out]
         _visit(plan, layer, number, counted, source, ranking, None, on_tokens)
+        ranking.close()
         saliency = _saliency(ranking, number, measured)
         kept = choose(number, saliency)
         measured.notes["kept"] = {str(number): list(kept)}
@@ -91,6 +92,7 @@ def measure_layer(
     with StateWriter(target) as writer:
         _visit(plan, layer, number, batches, source, observer, writer, on_tokens)
         measured.notes["states"] = writer.finish()
+    observer.close()
     if sparse and choose is None:
         _saliency(observer, number, measured)
     measured.take(observer, number)
@@ -124,6 +126,7 @@ def measure_last(plan: Plan, source: Path, on_tokens: OnTokens) -> Measured:
     measured = Measured()
     _take_head(measured, trunk_head, _LM_HEAD, "lm_head.safetensors")
     for draft, observer, head in watched:
+        observer.close()
         measured.take(observer, draft.number)
         weight = f"model.layers.{draft.number}.transformer.shared_head.output.weight"
         _take_head(measured, head, weight, f"layer-{draft.number:05d}.safetensors")

@@ -16,7 +16,7 @@ from step128_checkpoint.commands.options import add_conversion, add_kv_scales, p
 from step128_checkpoint.errors import ConfigurationError
 from step128_checkpoint.kv_scaling import overflow_sentence, overflow_summary, plan_kv_scales
 from step128_checkpoint.policy import load_policy
-from step128_checkpoint.quantization import engine
+from step128_checkpoint.quantization import engine, search
 from step128_checkpoint.quantization.hessians import Hessians
 from step128_checkpoint.quantization.importance import open_importance
 from step128_checkpoint.quantization.report import tensor_qualities, worst_tensors
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plan_kv_scales(checkpoint, calibration, arguments.kv_scales, arguments.k_headroom, arguments.v_headroom),
     )
     console = Console(stderr=True)
-    if device == "cpu" and not engine.compiled():
+    if device == "cpu" and not search.available():
         console.print("numba is not installed: quantizing with numpy, many times slower.")
     report, summary = run_conversion(arguments, conversion, policy)
     if summary is None:

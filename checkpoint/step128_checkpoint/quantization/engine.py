@@ -5,22 +5,16 @@ All make the same bytes. numba and torch are imported when first needed: startin
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from step128_checkpoint.dtypes import Float32Array
+from step128_checkpoint.quantization import search
 from step128_checkpoint.quantization.quality import ErrorSums
 from step128_kernels import codebook
 from step128_kernels.codebook import Float16Array, Uint8Array
 
 _GPU_DEVICES = (Path("/dev/kfd"), Path("/dev/nvidiactl"))
-
-
-@cache
-def compiled() -> bool:
-    """Whether numba is installed, without which quantization runs on numpy, many times slower."""
-    return find_spec("numba") is not None
 
 
 def device_name(wanted: str) -> str:
@@ -45,9 +39,7 @@ def quantize(
         from step128_checkpoint.quantization import search_torch
 
         return search_torch.quantize_array(weight, importance, scale_search, device)
-    if compiled():
-        from step128_checkpoint.quantization import search
-
+    if search.available():
         return search.quantize(weight, importance, scale_search)
     return codebook.quantize(weight, importance, scale_search)
 

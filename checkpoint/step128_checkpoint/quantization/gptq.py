@@ -69,25 +69,6 @@ def factor(hessian: Float32Array, damping: float = 0.01) -> Float32Array:
     )
 
 
-def expert_hessian(shared: Float32Array, second_moment: Float32Array) -> Float32Array:
-    """An expert's Hessian out of its layer's: the layer's correlations with the expert's own second moments.
-
-    D^1/2 C D^1/2, C being the layer's Hessian with ones on its diagonal and D the expert's E[x^2]. A channel that the
-    expert never saw is dead (zeros); so is one that the layer never saw. An expert that saw no token at all gets the
-    layer's own.
-
-    Args:
-        shared: float32 ``[K, K]``, the layer's E[x x^T].
-        second_moment: float32 ``[K]``, the expert's E[x^2].
-    """
-    if not second_moment.any():
-        return shared
-    moments = np.diagonal(shared)
-    ratio = np.divide(second_moment, moments, out=np.zeros_like(second_moment), where=moments > 0)
-    root = np.sqrt(ratio)
-    return np.asarray(shared * root[:, None] * root[None, :], dtype=np.float32)
-
-
 def quantize(
     weight: Float32Array, factor: Float32Array, importance: Float32Array | None
 ) -> tuple[Uint8Array, Float16Array]:
