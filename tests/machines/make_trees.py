@@ -6,6 +6,7 @@ test compares the trees with what this writes. A recorded tree is welcome beside
 """
 
 import shutil
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ SOURCES = """
 Sources: the kernel's Documentation/gpu/amdgpu (mem_info_*, hwmon power1_cap in microwatts, fw_version), amdkfd's
 kfd_topology.c (topology/nodes/N/properties), Documentation/ABI/testing/sysfs-bus-pci (current_link_*, numa_node),
 drivers/gpu/drm/ttm (pages_limit, 4 KiB pages), proc(5), the kernel's cgroup-v2 document. Device nodes are plain files.
+"""
+TELEMETRY_SOURCES = """
+What only the exporter reads holds invented figures of an idle machine in the documented units: hwmon (in
+Documentation/hwmon/sysfs-interface: millidegrees, microwatts, Hz, pwm1 of 255), pp_dpm_* and
+power_dpm_force_performance_level (Documentation/gpu/amdgpu/thermal), gpu_metrics (packed by struct after
+drivers/gpu/drm/amd/include/kgd_pp_interface.h), the compute driver's mem_banks, gpu_id and proc/PID/vram_GPUID.
 """
 NVIDIA_SOURCES = """
 Sources: nvidia-smi(1) and `nvidia-smi --help-query-gpu` (commands/nvidia-smi.csv is what `nvidia-smi --query-gpu=...
@@ -41,6 +48,7 @@ class Card:
     numa_node: int = -1
     power_cap_watts: int | None = None
     iommu: str = "identity"
+    sensors: str | None = None  # "card" or "apu": also write what only the exporter reads
 
     @property
     def address(self) -> str:
@@ -122,6 +130,8 @@ class Tree:
             self.write(f"{device}/unique_id", f"{0x5A5A00000000 + minor:016x}")
             self.write(f"{device}/hwmon/hwmon{minor - 125}/power1_cap", card.power_cap_watts * 1_000_000)
             self.write(f"{device}/hwmon/hwmon{minor - 125}/power1_cap_default", card.power_cap_watts * 1_000_000)
+        if card.sensors is not None:
+            self._sensors(card, device, f"{device}/hwmon/hwmon{minor - 125}")
         self.write(f"{device}/drm/card{card.card}/dev", f"226:{card.card}")
         self.link(f"{device}/drm/card{card.card}/device", f"../../../{card.address}")
         self.write(f"{device}/drm/renderD{minor}/dev", f"226:{minor}")
@@ -145,6 +155,99 @@ class Tree:
             f"drm_render_minor {minor}",
             "local_mem_size 0",
         )
+        if card.sensors is not None:
+            heap, size = (0, card.gtt_bytes) if card.sensors == "apu" else (1, card.vram_bytes)
+            bank = f"heap_type {heap}", f"size_in_bytes {size}", "flags 0", "width 256", "mem_clk_max 1258"
+            self.write(f"{KFD}/{number}/mem_banks/0/properties", *bank)
+            self.write(f"{KFD}/{number}/gpu_id", 40000 + number)
+            self.write(f"sys/class/kfd/kfd/proc/4321/vram_{40000 + number}", 32 * MIB)
+
+    def _sensors(self, card: Card, device: str, hwmon: str) -> None:
+        """Write what the exporter reads beyond the probe."""
+        apu = card.sensors == "apu"
+        levels = APU_LEVELS if apu else CARD_LEVELS
+        for clock, (megahertz, active) in levels.items():
+            lines = (f"{n}: {mhz}Mhz {'*' if n == active else ''}" for n, mhz in enumerate(megahertz))
+            self.write(f"{device}/pp_dpm_{clock}", *lines)
+        self.write(f"{device}/power_dpm_force_performance_level", "auto")
+        self.write(f"{device}/mem_info_vis_vram_used", card.vram_used_bytes)
+        (self.root / device / "gpu_metrics").write_bytes(apu_metrics() if apu else card_metrics())
+        self.write(f"{hwmon}/power1_label", "PPT")
+        self.write(f"{hwmon}/power1_average", (11 if apu else 24) * 1_000_000)
+        self.write(f"{hwmon}/freq1_input", (600 if apu else 30) * 1_000_000)
+        self.write(f"{hwmon}/freq1_label", "sclk")
+        self.write(f"{hwmon}/in0_input", 731)
+        self.write(f"{hwmon}/in0_label", "vddgfx")
+        self.write(f"{hwmon}/temp1_label", "edge")
+        if apu:
+            return
+        for number, (label, celsius, critical) in enumerate(
+            (("edge", 41, 100), ("junction", 44, 110), ("mem", 52, 108))
+        ):
+            sensor = f"{hwmon}/temp{number + 1}"
+            self.write(f"{sensor}_label", label)
+            self.write(f"{sensor}_input", celsius * 1000)
+            self.write(f"{sensor}_crit", critical * 1000)
+            self.write(f"{sensor}_emergency", (critical + 5) * 1000)
+        self.write(f"{hwmon}/power1_cap_max", 300 * 1_000_000)
+        self.write(f"{hwmon}/power1_cap_min", 210 * 1_000_000)
+        self.write(f"{hwmon}/freq2_input", 96 * 1_000_000)
+        self.write(f"{hwmon}/freq2_label", "mclk")
+        self.write(f"{hwmon}/fan1_input", 1030)
+        self.write(f"{hwmon}/fan1_max", 6000)
+        self.write(f"{hwmon}/fan1_target", 1030)
+        self.write(f"{hwmon}/pwm1", 51)
+
+
+# MHz of each level, and the active one; an APU's clock between two levels has no active one (smu_v14_0_0_ppt.c).
+CARD_LEVELS = {
+    "sclk": ((500, 30, 2920), 1),
+    "mclk": ((96, 456, 772, 1258), 0),
+    "fclk": ((300, 1250, 2500), 0),
+    "socclk": ((500, 1200), 0),
+}
+APU_LEVELS = {
+    "sclk": ((600, 1100, 2900), 0),
+    "mclk": ((400, 800, 1000), None),
+    "fclk": ((1400, 1800, 2000), 0),
+    "socclk": ((400, 1250), None),
+}
+
+
+def card_metrics(throttle_bits: int = 0) -> bytes:
+    """gpu_metrics_v1_3 in the kernel's order; all ones where smu_v14_0_2_ppt.c writes nothing."""
+    ones16, ones32, ones64 = 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+    header = struct.pack("<HBB", 120, 1, 3)
+    temperatures = struct.pack("<6H", 41, 44, 52, 43, 42, 50)  # edge, hotspot, mem, VR of gfx, soc, mem
+    activity = struct.pack("<3H", 0, 0, 0)
+    power = struct.pack("<HQ", 24, ones64)  # W, energy
+    clock = struct.pack("<Q", 123_456_789_000)  # ns since boot
+    average = struct.pack("<7H", 30, 500, 96, *[ones16] * 4)  # MHz: gfx, soc, u, v and d twice
+    current = struct.pack("<7H", 30, 500, 96, *[ones16] * 4)
+    status = struct.pack("<IHHHH", 0, 1030, 16, 320, ones16)  # bits of this chip, rpm, PCIe lanes, 0.1 GT/s
+    accumulated = struct.pack("<2I4HQ", ones32, ones32, *[ones16] * 4, ones64)
+    voltages = struct.pack("<4H", 731, 720, ones16, ones16)
+    table = header + temperatures + activity + power + clock + average + current + status + accumulated + voltages
+    return table + struct.pack("<Q", throttle_bits)
+
+
+def apu_metrics(residencies: tuple[int, ...] = (0, 0, 1200, 34, 0, 0, 0)) -> bytes:
+    """gpu_metrics_v3_0 in the kernel's order and natural alignment; all ones where nothing is written."""
+    ones16 = 0xFFFF
+    header = struct.pack("<HBB", 264, 3, 0)
+    temperatures = struct.pack("<19H", 3900, 4100, *[4000] * 16, 3600)  # 1/100 °C: gfx, soc, cores, skin
+    activity = struct.pack("<26H", 0, 0, *[0] * 8, *[100] * 16)  # gfx, vcn, 8 columns of the NPU, cores
+    bandwidth = struct.pack("<4Hxx", 812, 340, 0, 0)  # MB/s: memory reads and writes, the NPU's
+    clock = struct.pack("<Q", 123_456_789_000)
+    power = struct.pack("<IHxx4I", 11_250, 0, 10_500, 1_500, 0, 4_000)  # mW: socket, NPU, APU, gfx, dGPU, cores
+    per_core = struct.pack("<16H", *[250] * 16)
+    system = struct.pack("<3H", ones16, ones16, ones16)
+    clocks = struct.pack("<8H", 600, 500, 800, 0, 1400, 400, 600, 0)  # MHz: gfx, soc, vpe, npu, f, v, u, mpnpu
+    cores = struct.pack("<16H2Hxx", *[3000] * 16, 5187, 2900)
+    return (
+        header + temperatures + activity + bandwidth + clock + power + per_core + system + clocks + cores
+        + struct.pack("<7IIxxxx", *residencies, 0)
+    )  # fmt: skip
 
 
 EPYC_KIB = 131_735_552  # 128 GiB of modules, less what firmware and kernel keep: assumed
@@ -169,7 +272,8 @@ def r9700(card: int, gtt_bytes: int, **position: object) -> Card:
 def strix_halo(vram_bytes: int, gtt_bytes: int, used_bytes: int = 64 * MIB) -> Card:
     path = ("0000:00:08.1", "0000:c5:00.0")
     sizes = {"vram_bytes": vram_bytes, "visible_bytes": vram_bytes, "gtt_bytes": gtt_bytes}
-    return Card(1, path, (("16.0", 16),) * 2, 0x1586, 110501, 80, vram_used_bytes=used_bytes, iommu="DMA-FQ", **sizes)
+    links = (("16.0", 16),) * 2
+    return Card(1, path, links, 0x1586, 110501, 80, vram_used_bytes=used_bytes, iommu="DMA-FQ", sensors="apu", **sizes)
 
 
 def make_quads(out: Path) -> None:
@@ -178,11 +282,12 @@ def make_quads(out: Path) -> None:
     tree = Tree(
         out / "quad-r9700",
         "Four Radeon AI PRO R9700 (0x7551) in a PCIe 4.0 server with one CPU of 32 threads and 128 GiB.\n"
-        f"Assumed: 32624 MiB of each card's 32 GiB are usable; firmware and versions are invented.{SOURCES}",
+        f"Assumed: 32624 MiB of each card's 32 GiB are usable; firmware and versions are invented.{SOURCES.rstrip()}"
+        + TELEMETRY_SOURCES,
     )
     tree.host(EPYC_KIB, 125_829_120, 32, "6.18.7", "iommu=pt")
     tree.amd(
-        *(r9700(n, EPYC_KIB * 512, numa_node=0, **place) for n, place in enumerate(places)),
+        *(r9700(n, EPYC_KIB * 512, numa_node=0, sensors="card", **place) for n, place in enumerate(places)),
         pages_limit=EPYC_KIB // 8,
         cpus=32,
     )
@@ -227,7 +332,11 @@ def make_desktops(out: Path) -> None:
 
 def make_strix_halos(out: Path) -> None:
     def box(name: str, origin: str, total_kib: int, available_kib: int, card: Card, pages: int) -> Tree:
-        tree = Tree(out / name, f"Ryzen AI Max+ 395 (Strix Halo, 0x1586), 128 GiB of modules. {origin}{SOURCES}")
+        tree = Tree(
+            out / name,
+            f"Ryzen AI Max+ 395 (Strix Halo, 0x1586), 128 GiB of modules. {origin}{SOURCES.rstrip()}"
+            + TELEMETRY_SOURCES,
+        )
         tree.host(total_kib, available_kib, 32, "6.18.7")
         tree.amd(card, pages_limit=pages, cpus=32)
         return tree

@@ -3,11 +3,19 @@
 import argparse
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from step128_launcher import consoles
-from step128_launcher.api_key import find_api_key
-from step128_launcher.command import check_plugin_allowed, environment_changes, server_argv, server_environment
+from step128_launcher.access import METRICS_TOKEN_VARIABLE
+from step128_launcher.api_key import find_api_key, find_metrics_token
+from step128_launcher.command import (
+    API_KEY_VARIABLE,
+    check_plugin_allowed,
+    environment_changes,
+    server_argv,
+    server_environment,
+)
 from step128_launcher.commands.calibrate import calibration_document
 from step128_launcher.commands.plan_json import plan_document
 from step128_launcher.commands.planned import Planned, make_planned, state_dir
@@ -26,15 +34,21 @@ from step128_launcher.supervisor.serve import Supervisor
 from step128_launcher.supervisor.service import run_service
 from step128_launcher.supervisor.signals import StopSignals
 from step128_launcher.supervisor.status import ServerStatus
+from step128_launcher.telemetry.collector import TelemetryCollector
 
 _SERVED_METHODS = ("nl4",)
+_TELEMETRY_ROOT = "STEP128_TELEMETRY_ROOT"  # where /sys and /proc are for the telemetry alone
 
 
 def print_dry_run(options: argparse.Namespace, planned: Planned) -> None:
     """Print the environment and argv that `serve` would start vLLM with."""
     api_key = find_api_key(getattr(options, "api_key_file", None), os.environ, state_dir(options), generate=False)
+    keys = {API_KEY_VARIABLE: api_key.shell_word}
+    token = find_metrics_token(getattr(options, "metrics_token_file", None), os.environ, api_key)
+    if token is not None:
+        keys[METRICS_TOKEN_VARIABLE] = token.shell_word
     changes = environment_changes(planned.plan, planned.server, planned.base)
-    print_command(consoles.stdout(), server_argv(planned.plan, planned.server), changes, api_key.shell_word)
+    print_command(consoles.stdout(), server_argv(planned.plan, planned.server), changes, keys)
 
 
 def run_serve(options: argparse.Namespace) -> ExitCode:
@@ -57,7 +71,7 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
         # The port opens before there is a plan: what goes wrong while planning is to be seen there too.
         with contextlib.ExitStack() as stack:
             if options.metrics_port:
-                exporter = Exporter(status, options.metrics_host, options.metrics_port)
+                exporter = Exporter(status, options.metrics_host, options.metrics_port, [_telemetry()])
                 stack.callback(exporter.close)
             return run_service(
                 lambda: _serve(options, status, progress, stop, service), status, progress.say, stop, service
@@ -66,6 +80,29 @@ def run_serve(options: argparse.Namespace) -> ExitCode:
     with stop:
         # A metrics port that cannot be opened is held like the rest, though nobody can ask it.
         return run_service(work, status, progress.say, stop, service)
+
+
+def _telemetry() -> TelemetryCollector:
+    """Return the collector of this machine; the proof of the container stack gives it a recorded one.
+
+    Raises:
+        LauncherError: 78, if STEP128_TELEMETRY_ROOT names no folder.
+
+    """
+    root = Path(os.environ.get(_TELEMETRY_ROOT) or "/")
+    if not root.is_dir():
+        raise LauncherError(
+            ExitCode.BAD_CONFIGURATION,
+            f"{_TELEMETRY_ROOT} is {root}, which is not a folder.",
+            "It needs one with /sys and /proc below it, as tests/machines has; unset it for this machine's own.",
+        )
+    return TelemetryCollector(root, _say)
+
+
+def _say(text: str) -> None:
+    """Print a line from any thread; where stderr is gone there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_service(options: argparse.Namespace) -> bool:
@@ -127,6 +164,8 @@ def _run(
     server = planned.server
     api_key = find_api_key(options.api_key_file, os.environ, folder)
     progress.say(f"The API key is in {api_key.source}.")
+    token = find_metrics_token(options.metrics_token_file, os.environ, api_key)
+    token_value = None if token is None else token.value
 
     def make_job(plan: Plan) -> Job:
         return Job(
@@ -135,7 +174,7 @@ def _run(
             server=server,
             api_key=api_key.value,
             argv=server_argv(plan, server),
-            environment=server_environment(os.environ, plan, server, api_key.value),
+            environment=server_environment(os.environ, plan, server, api_key.value, token_value),
             state_dir=folder,
             start_timeout_seconds=planned.profile.start_timeout_seconds,
             plan_document=plan_document(plan, planned.footprint, planned.hardware, server)

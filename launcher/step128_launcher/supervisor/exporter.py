@@ -4,12 +4,13 @@ import errno
 import json
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.supervisor.collectors import ServerCollector
@@ -22,15 +23,16 @@ _POLL_SECONDS = 0.1  # how soon `close` is noticed
 
 
 class Exporter:
-    """Serves the status on its own port and registry until it is closed.
+    """Serves the status, and what the collectors `beside` it find, on its own port and registry until it is closed.
 
     It is made before there is a plan, so that what goes wrong while planning can be seen there too.
     """
 
-    def __init__(self, status: ServerStatus, host: str, port: int) -> None:
+    def __init__(self, status: ServerStatus, host: str, port: int, beside: Sequence[Collector] = ()) -> None:
         self._status = status
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(ServerCollector(status))
+        for collector in (ServerCollector(status), *beside):
+            registry.register(collector)
         self._metrics = make_wsgi_app(registry)
         try:
             server_class = _Server6 if ":" in host else _Server

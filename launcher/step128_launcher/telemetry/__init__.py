@@ -1,0 +1,1 @@
+"""What GPUs and host do while the server runs: sysfs and procfs, read at each scrape, nothing installed for it."""
