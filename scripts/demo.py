@@ -104,7 +104,7 @@ def serve_and_ask(options: argparse.Namespace, model: Path, state: Path) -> int:
         code = subprocess.run(command(*ask), check=False).returncode
         keep = options.keep and code == 0
         if keep:
-            print(f"\nStill serving at {url}/v1. Metrics: {url}/metrics (vLLM's) and ", end="")
+            print(f"\nStill serving at {url}/v1. Metrics: {url}/metrics (vLLM's, with the key) and ", end="")
             print(f"http://127.0.0.1:{options.metrics_port}/metrics (the plan's). Stop it with: kill {server.pid}")
         return code
     finally:
@@ -128,10 +128,12 @@ def main() -> int:
     tiny, quantized, state = (options.dir / name for name in ("tiny", "tiny-nl4", "state"))
     try:
         refuse_taken_ports(options.port, options.metrics_port)
-        for stale in (tiny, quantized):  # products of this script only; the trained model is cached elsewhere
+        calibration = quantized.with_name(f"{quantized.name}.calibration")
+        for stale in (tiny, quantized, calibration):  # products of this script only; the model is cached elsewhere
             shutil.rmtree(stale, ignore_errors=True)
         step("A small trained Step-3.7 (cached after the first time)", "step128-checkpoint", "tiny", tiny)
-        step("Quantize to NL4", "step128-checkpoint", "quantize", tiny, quantized, "--policy", options.policy)
+        quantize = ["step128-checkpoint", "quantize", tiny, quantized, "--policy", options.policy]
+        step("Calibrate and quantize to NL4", *quantize, "--samples", "32", "--tokens", "512")
         step("Plan", "step128", "plan", quantized, "--profile", "cpu")
         code = serve_and_ask(options, quantized, state)
     except KeyboardInterrupt:

@@ -1,4 +1,6 @@
-"""The API key of the server: taken from a file or the environment, or generated once and kept in the state folder."""
+"""The server's keys, from a file or the environment: the API key, else generated once and kept in the state folder, and
+the metrics token, if there is one.
+"""
 
 import secrets
 import shlex
@@ -6,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from step128_launcher.access import METRICS_TOKEN_VARIABLE
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.files import write_atomically
 
 KEY_VARIABLES = ("STEP128_API_KEY", "VLLM_API_KEY")
+_EXAMPLE = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """The key, where the user finds it, and a word that a shell expands to it (never the key itself in a message)."""
+    """A key, where the user finds it, and a word that a shell expands to it (never the key itself in a message)."""
 
     value: str
     source: str
@@ -40,8 +44,7 @@ def find_api_key(
         return _from_file(key_file)
     for variable in KEY_VARIABLES:
         if variable in environment:
-            value = _checked(environment[variable], f"The environment variable {variable}")
-            return ApiKey(value, f"the environment variable {variable}", f'"${variable}"')
+            return _from_variable(variable, environment)
     kept = state_dir / "api_key"
     if not kept.exists():
         if not generate:
@@ -50,15 +53,44 @@ def find_api_key(
     return _from_file(kept)
 
 
-def _from_file(path: Path) -> ApiKey:
+def find_metrics_token(
+    token_file: Path | None, environment: Mapping[str, str], api_key: ApiKey | None = None
+) -> ApiKey | None:
+    """Return the token for vLLM's /metrics: from `token_file`, else STEP128_METRICS_TOKEN, else None.
+
+    Raises:
+        LauncherError: as `find_api_key`; 78 also, if it is the `api_key`, which opens more.
+
+    """
+    if token_file is not None:
+        token = _from_file(token_file, "metrics token")
+    elif METRICS_TOKEN_VARIABLE in environment:
+        token = _from_variable(METRICS_TOKEN_VARIABLE, environment)
+    else:
+        return None
+    if api_key is not None and token.value == api_key.value:
+        raise LauncherError(
+            ExitCode.BAD_CONFIGURATION,
+            f"The metrics token ({token.source}) is the API key: who scrapes could then use the model.",
+            f"Put another into it, for example: {_EXAMPLE}",
+        )
+    return token
+
+
+def _from_variable(variable: str, environment: Mapping[str, str]) -> ApiKey:
+    value = _checked(environment[variable], f"The environment variable {variable}")
+    return ApiKey(value, f"the environment variable {variable}", f'"${variable}"')
+
+
+def _from_file(path: Path, what: str = "API key") -> ApiKey:
     try:
         text = path.read_bytes().decode("utf-8", errors="surrogateescape")
     except FileNotFoundError as error:
-        raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"The API key file {path} does not exist.") from error
+        raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"The {what} file {path} does not exist.") from error
     except OSError as error:
         code = ExitCode.PERMISSION if isinstance(error, PermissionError) else ExitCode.BAD_CONFIGURATION
-        raise LauncherError(code, f"The API key file {path} cannot be read: {error.strerror}.") from error
-    return ApiKey(_checked(text, f"The API key file {path}"), f"the file {path}", _shell_word(path))
+        raise LauncherError(code, f"The {what} file {path} cannot be read: {error.strerror}.") from error
+    return ApiKey(_checked(text, f"The {what} file {path}"), f"the file {path}", _shell_word(path))
 
 
 def _shell_word(path: Path) -> str:
@@ -74,6 +106,6 @@ def _checked(text: str, source: str) -> str:
         raise LauncherError(
             ExitCode.BAD_CONFIGURATION,
             f"{source} holds something else than one line of printable ASCII.",
-            "A key for example: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+            f"A key for example: {_EXAMPLE}",
         )
     return value

@@ -4,21 +4,34 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from step128_launcher.access import ACCESS_VARIABLE, METRICS_TOKEN_VARIABLE, AccessLimits
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.planning.plan import Plan
 from step128_launcher.tuned_configs import VLLM_FOLDER_VARIABLE
 
 PLUGIN_NAME = "step128"
 API_KEY_VARIABLE = "VLLM_API_KEY"
-MIDDLEWARE = "step128_launcher.middleware.RequireApiKey"
+MIDDLEWARE = "step128_launcher.middleware.Guard"
 LOAD_REPORT_VARIABLE = "STEP128_LOAD_REPORT_DIR"
 
 # VLLM_CPU_KVCACHE_SPACE would override --kv-cache-memory-bytes; STEP128_API_KEY is ours and none of vLLM's business.
-UNSET_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "STEP128_API_KEY")
+# The others add routes that change the server (LORA, DEV_MODE), write answers into the log (DEBUG), keep every answer
+# of /v1/responses in memory (STORE) or fetched images on the disk (CACHE), or replace what fetches them (CONNECTOR).
+UNSET_VARIABLES = (
+    "VLLM_CPU_KVCACHE_SPACE",
+    "STEP128_API_KEY",
+    METRICS_TOKEN_VARIABLE,
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+    "VLLM_ENABLE_RESPONSES_API_STORE",
+    "VLLM_MEDIA_CACHE",
+    "VLLM_MEDIA_CONNECTOR",
+    "VLLM_SERVER_DEV_MODE",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Server:
     the runtime takes, which `step128 calibrate` reads (vLLM 0.32, gpu_worker.py). `chat_template` is the
     checkpoint's own file, named so that vLLM cannot fall back on another; None: it has none. `tuned_configs` is the
     folder, the user's own or ours, of block sizes for vLLM's own experts kernel, which an unquantized checkpoint runs
-    with; None: there is none.
+    with; None: there is none. `access` bounds each request.
     """
 
     model: Path
@@ -41,6 +54,7 @@ class Server:
     measure_memory: bool = False
     chat_template: Path | None = None
     tuned_configs: Path | None = None
+    access: AccessLimits = field(default_factory=AccessLimits)
 
     @property
     def base_url(self) -> str:
@@ -77,6 +91,8 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
         *("--middleware", MIDDLEWARE),
+        # vLLM's defaults, and what a log would hold of a request if a later release changed them.
+        *("--no-enable-log-requests", "--max-log-len", "0"),
     ]
     if server.chat_template is not None:
         flags += ["--chat-template", str(server.chat_template)]
@@ -91,9 +107,13 @@ def server_argv(plan: Plan, server: Server) -> tuple[str, ...]:
         flags += ["--attention-backend", plan.attention_backend]
     if plan.enable_expert_parallel:
         flags.append("--enable-expert-parallel")
-    if not plan.vision:
-        # vLLM then loads no vision tower.
-        flags += ["--limit-mm-per-prompt", json.dumps({"image": 0})]
+    # With none, vLLM loads no vision tower.
+    flags += ["--limit-mm-per-prompt", json.dumps({"image": server.access.max_images if plan.vision else 0})]
+    if server.access.max_tokens is not None:
+        # For a request that names no number: vLLM would let it fill the context.
+        flags += ["--override-generation-config", json.dumps({"max_new_tokens": server.access.max_tokens})]
+    if server.access.media_domains:
+        flags += ["--allowed-media-domains", *server.access.media_domains]
     flags += plan.arguments
     return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags)
 
@@ -119,6 +139,7 @@ def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
+        **_access_changes(plan, server.access),
     }
     suggested = dict(plan.environment)
     if plan.device != "cpu" and server.tuned_configs is not None:
@@ -126,8 +147,26 @@ def environment_changes(plan: Plan, server: Server, base: Mapping[str, str] = os
     return changes | {name: value for name, value in suggested.items() if name not in base}
 
 
-def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_key: str) -> dict[str, str]:
-    """Return the whole environment of the server; the key goes here because an argv is visible to every user.
+def _access_changes(plan: Plan, limits: AccessLimits) -> dict[str, str]:
+    """Return what the middleware, and vLLM where it decodes or fetches an image, are to hold a request to."""
+    known = replace(
+        limits,
+        max_tokens=plan.max_model_len if limits.max_tokens is None else limits.max_tokens,
+        max_images=limits.max_images if plan.vision else 0,
+    )
+    return {
+        ACCESS_VARIABLE: known.to_json(),
+        "VLLM_MAX_IMAGE_PIXELS": str(known.max_image_pixels),
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(-(-known.max_image_bytes >> 20)),
+        # Only the host of the first request was checked.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    }
+
+
+def server_environment(
+    base: Mapping[str, str], plan: Plan, server: Server, api_key: str, metrics_token: str | None = None
+) -> dict[str, str]:
+    """Return the whole environment of the server; the keys go here because an argv is visible to every user.
 
     Raises:
         LauncherError: 78, if VLLM_PLUGINS is set and does not name our plugin.
@@ -135,7 +174,8 @@ def server_environment(base: Mapping[str, str], plan: Plan, server: Server, api_
     """
     check_plugin_allowed(base)
     environment = {name: value for name, value in base.items() if name not in UNSET_VARIABLES}
-    return environment | environment_changes(plan, server, base) | {API_KEY_VARIABLE: api_key}
+    keys = {API_KEY_VARIABLE: api_key} | ({} if metrics_token is None else {METRICS_TOKEN_VARIABLE: metrics_token})
+    return environment | environment_changes(plan, server, base) | keys
 
 
 def check_plugin_allowed(environment: Mapping[str, str]) -> None:

@@ -171,15 +171,20 @@ ARGV = """-m vllm.entrypoints.openai.api_server --model MODEL --served-model-nam
     --max-num-seqs 16 --max-num-batched-tokens 2048 --tensor-parallel-size 4
     --reasoning-parser step3p5 --enable-auto-tool-choice --tool-call-parser step3p5
     --shutdown-timeout 60 --mm-processor-cache-gb 1.0 --disable-uvicorn-access-log --disable-fastapi-docs
-    --middleware step128_launcher.middleware.RequireApiKey
+    --middleware step128_launcher.middleware.Guard --no-enable-log-requests --max-log-len 0
     --speculative-config '{"method": "mtp", "num_speculative_tokens": 3, "attention_backend": "CUSTOM"}'
-    --attention-backend CUSTOM
+    --attention-backend CUSTOM --limit-mm-per-prompt '{"image": 16}'
     --disable-cascade-attn --mm-encoder-attn-backend=TRITON_ATTN --disable-custom-all-reduce"""
 ENVIRONMENT = {
     "STEP128_LOAD_REPORT_DIR": "STATE/load-reports",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONSAFEPATH": "1",
+    "STEP128_ACCESS": '{"max_body_bytes":67108864,"max_tokens":204800,"max_images":16,"max_image_bytes":33554432,'
+    '"max_image_pixels":50000000,"media_domains":[]}',
+    "VLLM_MAX_IMAGE_PIXELS": "50000000",
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "32",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     "NCCL_PROTO": "Simple",
     "NCCL_P2P_DISABLE": "1",
     "VLLM_ROCM_USE_AITER": "0",

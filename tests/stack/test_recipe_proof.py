@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_steps import Recipe
+from recipe_steps import Figures, Recipe
 
 SEEDS = range(5)
 STUDENT_T = 2.776  # 97.5th percentile with 4 degrees of freedom: half-width of a 95 % interval over 5 seeds
 SAMPLES, TOKENS = 96, 512
-WINDOW, WINDOWS = 512, 64
-CRITERIA = ("reap", "frequency", "random")
+WINDOW, WINDOWS = 512, 16
+CRITERIA = ("reap", "frequency", "ean", "random")
 KEPT = {13: "19 % dropped", 8: "50 % dropped"}
 METHODS = ("absmax", "mse", "importance", "gptq")
 
@@ -41,7 +41,7 @@ def paired(worse: Sequence[float], better: Sequence[float]) -> str:
 
 @pytest.fixture(scope="module")
 def table(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cli: Callable[..., Any]) -> dict[str, list[Any]]:
-    """Every variant's (perplexity, KL) by seed; the folder of the first seed's last product under ``product``."""
+    """Every variant's figures by seed; the folders of the products under ``product``."""
     found: dict[str, list[Any]] = {}
     for seed in SEEDS:
         recipe = Recipe(tiny, tmp_path_factory.mktemp(f"seed-{seed}"), cli, WINDOW, WINDOWS)
@@ -69,25 +69,23 @@ def table(tiny: Path, tmp_path_factory: pytest.TempPathFactory, cli: Callable[..
 
 @pytest.mark.proof
 def test_table_over_calibration_seeds(table: dict[str, list[Any]], measured: Callable[[str], None]) -> None:
-    kl: dict[str, list[float]] = {}
-    measured(f"recipe on the tiny model, {len(SEEDS)} calibration seeds, {WINDOW * WINDOWS} held-out tokens:")
-    for name, rows in table.items():
-        if name == "product":
-            continue
-        kl[name] = [divergence for _, divergence in rows]
-        perplexity, wide = interval([value for value, _ in rows])
-        divergence, half = interval(kl[name])
-        measured(f"  {name:32} perplexity {perplexity:8.4f} ± {wide:.4f}  KL {divergence:.5f} ± {half:.5f}")
-    for share in KEPT.values():
-        for other in ("frequency", "random"):
-            text = paired(kl[f"{other}, {share}"], kl[f"reap, {share}"])
-            measured(f"  {other} - reap, {share}: {text}")
-    for worse, better in itertools.pairwise(METHODS):
-        measured(f"  NL4 {worse} - {better}: {paired(kl[f'NL4 {worse}'], kl[f'NL4 {better}'])}")
-    measured(f"  KV fp8 scale 1 - calibrated: {paired(kl['NL4 gptq, KV fp8-unit'], kl['NL4 gptq, KV fp8'])}")
-    # The two orders without which the recipe would be worth nothing; the others are reported as they come out.
-    assert interval([a - b for a, b in zip(kl["random, 50 % dropped"], kl["reap, 50 % dropped"], strict=True)])[0] > 0
-    assert interval([a - b for a, b in zip(kl["NL4 absmax"], kl["NL4 importance"], strict=True)])[0] > 0
+    rows: dict[str, list[Figures]] = {name: figures for name, figures in table.items() if name != "product"}
+    measured(f"recipe on the tiny model, {len(SEEDS)} calibration seeds, {WINDOWS} windows of {WINDOW} of each text:")
+    for name, figures in rows.items():
+        columns = [interval([getattr(row, key) for row in figures]) for key in ("perplexity", "code_kl", "dialogue_kl")]
+        perplexity, code, dialogue = (f"{mean:.5f} ± {half:.5f}" for mean, half in columns)
+        measured(f"  {name:30} perplexity {perplexity}, KL of code {code}, of dialogues {dialogue}")
+    pairs = [(f"{other}, {share}", f"reap, {share}") for share in KEPT.values() for other in CRITERIA[1:]]
+    pairs += [(f"NL4 {worse}", f"NL4 {better}") for worse, better in itertools.pairwise(METHODS)]
+    pairs.append(("NL4 gptq, KV fp8-unit", "NL4 gptq, KV fp8"))
+    for worse, better in pairs:
+        for key in ("code_kl", "dialogue_kl"):
+            text = paired(*([getattr(row, key) for row in rows[name]] for name in (worse, better)))
+            measured(f"  {worse} - {better}, {key.removesuffix('_kl')}: {text}")
+    # Without these orders NL4's search would be worth nothing; how criteria of pruning compare is only reported.
+    for worse, better in (("NL4 absmax", "NL4 mse"), ("NL4 absmax", "NL4 importance"), ("NL4 importance", "NL4 gptq")):
+        differences = [a.code_kl - b.code_kl for a, b in zip(rows[worse], rows[better], strict=True)]
+        assert interval(differences)[0] > 0, (worse, better)
 
 
 @pytest.mark.proof
@@ -113,7 +111,7 @@ def test_product_served_by_vllm(
     windows = [tokens[start : start + WINDOW] for start in range(0, 8 * WINDOW, WINDOW)]
     served = offline_vllm(engine={"model": product, "dtype": "float32"}, score=windows)
     assert served["returncode"] == 0, served["log"][-4000:]
-    (perplexity, _), *_ = table["NL4 gptq"]
+    perplexity = table["NL4 gptq"][0].perplexity
     measured(f"served by vLLM in float32: perplexity {served['perplexity']:.4f} on {len(windows)} windows")
     assert json.loads((product / "config.json").read_text())["text_config"]["moe_num_experts"] == 13
     assert served["perplexity"] < 1.2 * perplexity  # other windows of the same text: they differ by a few percent

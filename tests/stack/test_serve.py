@@ -40,8 +40,10 @@ def test_only_this_machine_and_only_with_the_key(server: Server) -> None:
     assert server.get(f"{server.url}/v1/models")[0] == 401
     assert server.get(f"{server.url}/v1/models", key=server.key)[0] == 200
     body = b'{"model": "any", "prompt": "x", "max_tokens": 1}'
-    for path in ("/invocations", "/tokenize", "/v1/completions"):  # vLLM itself guards only the last of these
+    for path in ("/tokenize", "/v1/completions"):  # vLLM itself guards only the last of these
         assert server.get(f"{server.url}{path}", body)[0] == 401
+    assert server.get(f"{server.url}/invocations", body, key=server.key)[0] == 404
+    assert server.get(f"{server.url}/metrics")[0] == 401
     assert server.get(f"{server.url}/docs", key=server.key)[0] == 404
     assert (server.state / "api_key").stat().st_mode & 0o077 == 0
     assert server.key not in Path(f"/proc/{server.process.pid}/cmdline").read_text()
@@ -67,7 +69,7 @@ def test_metrics_of_the_plan_and_of_vllm(server: Server) -> None:
     assert 'step128_server_state{state="ready"} 1.0' in plan
     assert "step128_plan_max_model_len_tokens 16384.0" in plan
     assert 'step128_verification{check="kv_scales_mtp"} 1.0' in plan
-    status, vllm = server.get(f"{server.url}/metrics")
+    status, vllm = server.get(f"{server.url}/metrics", key=server.key)
     assert status == 200
     assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in vllm
 

@@ -7,7 +7,9 @@ or None), port (of the default state folder), json (bool).
 import argparse
 import http.client
 import json
+import os
 import re
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from step128_launcher.api_key import find_api_key, find_metrics_token
 from step128_launcher.errors import ExitCode, LauncherError
 from step128_launcher.machine.types import Hardware
 from step128_launcher.planning.calibration import (
@@ -108,7 +111,7 @@ def run_calibrate(options: argparse.Namespace, state_dir: Path, folder: Path | N
     plan = options.plan or state_dir / PLAN
     document = _read_plan(plan)
     text = _read(log)
-    metrics = _read_metrics(options.metrics) if options.metrics else ""
+    metrics = _read_metrics(options.metrics, state_dir) if options.metrics else ""
     reality = read_reality(text.splitlines(), metrics)
     # The launcher kept what the start reported; its log may have been cut since. A log that is named counts itself.
     if options.log is None and isinstance(document.get("reality"), dict):
@@ -173,17 +176,31 @@ def _read_plan(path: Path) -> dict[str, Any]:
     return document
 
 
-def _read_metrics(source: str) -> str:
+def _read_metrics(source: str, state_dir: Path) -> str:
     """Return the text of /metrics from a URL or a file."""
     if not source.startswith(("http://", "https://")):
         return _read(Path(source))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(source, timeout=_METRICS_SECONDS) as response:
+        request = urllib.request.Request(source)
+        key = _metrics_key(urllib.parse.urlsplit(source).hostname, state_dir)
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        with opener.open(request, timeout=_METRICS_SECONDS) as response:
             text: str = response.read().decode("utf-8", errors="replace")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise LauncherError(ExitCode.INPUT_NOT_FOUND, f"{source} cannot be read: {error!r}.") from error
     return text
+
+
+def _metrics_key(host: str | None, state_dir: Path) -> str:
+    """Return the metrics token, or for a server on this machine the API key; empty if there is none."""
+    token = find_metrics_token(None, os.environ)
+    if token is not None:
+        return token.value
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        return ""
+    return find_api_key(None, os.environ, state_dir, generate=False).value
 
 
 def _read(path: Path) -> str:

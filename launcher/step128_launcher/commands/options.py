@@ -1,13 +1,16 @@
 """The command line of `step128`."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from step128_launcher.access import AccessLimits
 from step128_launcher.errors import EXIT_CODE_HELP, ExitCode
 from step128_launcher.planning.plan import OBJECTIVES
 from step128_launcher.planning.profile_checks import parse_size
 from step128_launcher.planning.profile_schema import DTYPES
+from step128_launcher.sizes import format_bytes
 
 DEFAULT_PORT = 8000
 DEFAULT_METRICS_PORT = 9128
@@ -72,6 +75,12 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
         "--api-key-file",
         type=Path,
         help="file holding the API key; else STEP128_API_KEY, VLLM_API_KEY, or one generated into the state folder",
+    )
+    serve.add_argument(
+        "--metrics-token-file",
+        type=Path,
+        help="file holding a key that opens vLLM's /metrics and nothing else; else STEP128_METRICS_TOKEN, or none: "
+        "/metrics takes the API key only",
     )
     serve.add_argument("--dry-run", action="store_true", help="print environment and argv, start nothing")
     serve.add_argument(
@@ -168,6 +177,47 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--served-model-name", help="model name in the API (default: the folder's name)")
     parser.add_argument("--host", type=_host, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     _add_state(parser)
+    _add_access(parser)
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    default = AccessLimits()
+    limits = parser.add_argument_group("limits of a request", "what is above them is refused before vLLM sees it")
+    limits.add_argument(
+        "--max-body-size",
+        type=_size,
+        default=default.max_body_bytes,
+        help=f"of a request (default: {format_bytes(default.max_body_bytes)})",
+    )
+    limits.add_argument("--max-tokens-per-request", type=_positive, help="of an answer (default: the context)")
+    limits.add_argument(
+        "--max-images", type=_positive, default=default.max_images, help="in a request (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-image-size",
+        type=_size,
+        default=default.max_image_bytes,
+        help=f"of one, as a file (default: {format_bytes(default.max_image_bytes)})",
+    )
+    limits.add_argument(
+        "--max-image-pixels", type=_positive, default=default.max_image_pixels, help="of one (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--allow-media-domains",
+        type=_domains,
+        default=default.media_domains,
+        metavar="HOST,HOST",
+        help="hosts that vLLM may fetch images from, if they are public (default: none; images come in the request)",
+    )
+
+
+def _domains(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip().lower() for part in text.split(","))
+    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    # A name whose last label is a number would be an address.
+    if not all(len(name) < 254 and re.fullmatch(rf"({label}\.)+[a-z]([a-z0-9-]*[a-z0-9])?", name) for name in names):
+        raise argparse.ArgumentTypeError("must be names such as images.example.org,cdn.example.org, and no addresses")
+    return names
 
 
 def _positive(text: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from step128_launcher.access import AccessLimits
 from step128_launcher.command import Server
 from step128_launcher.commands.refusal import RefusedError, Subject, refused
 from step128_launcher.configs_dir import find_configs_dir
@@ -94,6 +95,7 @@ def make_planned(options: argparse.Namespace, with_fallbacks: bool = False) -> P
         measure_memory=_measures(options, profile),
         chat_template=template if template.is_file() else None,
         tuned_configs=tuned if tuned.is_dir() else None,
+        access=_access_limits(options),
     )
     return Planned(plan, footprint, hardware, profile, server, limits, calibration.measurements, base)
 
@@ -209,6 +211,17 @@ def limits_of(options: argparse.Namespace) -> Limits:
         objective=options.objective,
         acceptance=options.acceptance,
         acceptance_unconditional=options.acceptance_unconditional,
+    )
+
+
+def _access_limits(options: argparse.Namespace) -> AccessLimits:
+    return AccessLimits(
+        max_body_bytes=options.max_body_size,
+        max_tokens=options.max_tokens_per_request,
+        max_images=options.max_images,
+        max_image_bytes=options.max_image_size,
+        max_image_pixels=options.max_image_pixels,
+        media_domains=options.allow_media_domains,
     )
 
 

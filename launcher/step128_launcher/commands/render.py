@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from step128_launcher.command import API_KEY_VARIABLE, UNSET_VARIABLES
+from step128_launcher.command import UNSET_VARIABLES
 from step128_launcher.commands.refusal import RefusedError
 from step128_launcher.errors import LauncherError
 from step128_launcher.machine.types import Gpu, Hardware
@@ -125,11 +125,14 @@ def print_error(console: Console, error: LauncherError) -> None:
         _say(console, error.hint)
 
 
-def print_command(console: Console, argv: Sequence[str], environment: Mapping[str, str], key: str) -> None:
-    """Print the environment and argv as one line a shell understands; `key` is the shell's word for the API key."""
+def print_command(
+    console: Console, argv: Sequence[str], environment: Mapping[str, str], keys: Mapping[str, str]
+) -> None:
+    """Print the environment and argv as one line a shell understands; `keys` are variables and the shell's words."""
     unset = [part for name in UNSET_VARIABLES for part in ("-u", name)]
     assignments = [f"{name}={value}" for name, value in environment.items()]
-    words = [shlex.join(["env", *unset, *assignments]), f"{API_KEY_VARIABLE}={key}", shlex.join(argv)]
+    secret = [f"{name}={word}" for name, word in keys.items()]
+    words = [shlex.join(["env", *unset, *assignments]), *secret, shlex.join(argv)]
     _say(console, " ".join(words))
 
 

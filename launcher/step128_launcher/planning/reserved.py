@@ -35,6 +35,28 @@ RESERVED_FLAGS = (
     "--config",
     "--pipeline-parallel-size",
     "--data-parallel-size",
+    # Who may ask for what, and what is kept of it (the middleware, README "Access").
+    "--allow-credentials",
+    "--allowed-headers",
+    "--allowed-local-media-path",
+    "--allowed-media-domains",
+    "--allowed-methods",
+    "--allowed-origins",
+    "--enable-log-outputs",
+    "--enable-log-requests",
+    "--no-enable-log-requests",
+    "--enable-mm-embeds",
+    "--enable-offline-docs",
+    "--enable-prompt-embeds",
+    "--max-log-len",
+    "--media-io-kwargs",
+    "--override-generation-config",
+    "--root-path",
+    "--tool-server",
+    "--trust-remote-code",
+    "--trust-request-chat-template",
+    "--trust-request-mm-kwargs",
+    "--uds",
 )
 # vLLM 0.32, engine/arg_utils.py: the short names of some of them.
 _SHORT_FLAGS = {
@@ -45,7 +67,21 @@ _SHORT_FLAGS = {
     "-sc": "--speculative-config",
 }
 # Set by the launcher, or what would keep its plugin and its plan from taking effect (command.py).
-_RESERVED_VARIABLES = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "PYTHONSAFEPATH")
+_RESERVED_VARIABLES = (
+    "VLLM_API_KEY",
+    "VLLM_PLUGINS",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "PYTHONSAFEPATH",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
+    "VLLM_ENABLE_RESPONSES_API_STORE",
+    "VLLM_MAX_IMAGE_PIXELS",
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB",
+    "VLLM_MEDIA_CACHE",
+    "VLLM_MEDIA_CONNECTOR",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS",
+    "VLLM_SERVER_DEV_MODE",
+)
 _RESERVED_PREFIX = "STEP128_"
 
 # vLLM 0.32, v1/attention/backends/registry.py, AttentionBackendEnum: those for plain attention on ROCm and CUDA. Our

@@ -197,6 +197,32 @@ def test_a_start_that_did_not_finish_replaces_nothing(finished: Path, tmp_path: 
     assert run_calibrate(arguments(log=log, plan=plan), finished, folder) is ExitCode.OK
 
 
+def test_metrics_of_this_machine_are_asked_with_a_key(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+    (finished / "api_key").write_text("the-key\n")
+    with socket.create_server(("0.0.0.0", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(3):
+                connection, _ = server.accept()
+                with connection:
+                    asked.append(connection.recv(4096))
+                    connection.sendall(b'HTTP/1.0 200 OK\r\n\r\nvllm:cache_config_info{num_gpu_blocks="12"} 1.0\n')
+
+        threading.Thread(target=answer, daemon=True).start()
+        port = server.getsockname()[1]
+        # The last stands for another machine: it is not told the API key.
+        for url in (f"http://127.0.0.1:{port}/metrics", f"http://127.0.0.2:{port}/metrics"):
+            assert run_calibrate(arguments(metrics=url), finished, tmp_path / "c") is ExitCode.OK
+        monkeypatch.setenv("STEP128_METRICS_TOKEN", "the-token")
+        assert run_calibrate(arguments(metrics=url), finished, tmp_path / "c") is ExitCode.OK
+    assert b"Authorization: Bearer the-key\r\n" in asked[0]
+    assert b"Authorization" not in asked[1]
+    assert b"Authorization: Bearer the-token\r\n" in asked[2]
+
+
 def test_metrics_from_what_speaks_no_http(finished: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
