@@ -60,10 +60,11 @@ LAUNCHER_LAYERS = {
     "middleware": set(),
     "model": set(),
     "planning": {"machine", "model"},
+    "stack": {"machine"},
     "telemetry": {"machine"},
     "supervisor": {"model", "planning"},
     "doctor": {"machine", "model", "planning"},
-    "commands": {"machine", "model", "planning", "supervisor", "doctor", "telemetry"},
+    "commands": {"machine", "model", "planning", "supervisor", "doctor", "telemetry", "stack"},
 }
 
 

@@ -111,7 +111,8 @@ def whole_and_killed(
 @pytest.mark.proof
 def test_full_layers_through_prune_and_quantize(tmp_path: Path, measured: Callable[[str], None]) -> None:
     free_bytes = shutil.disk_usage(tmp_path).free
-    layers = min(3, int((free_bytes - 8e9) / (2.0 * LAYER_BYTES)))
+    # The input and one pruned copy of it at a time; embedding, heads and room for the journal besides.
+    layers = min(3, int((free_bytes - 6e9) / (LAYER_BYTES * (1 + 240 / 288))))
     if layers < 3:
         measured(f"{free_bytes / 1e9:.0f} GB of disk are free: only {layers} of 3 layers")
     assert layers >= 1, "not even one full layer fits on this disk"
