@@ -42,5 +42,7 @@ def built(quantized: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
                 stack.compose("build", "serve")
             yield stack
             stack.compose("down", "--volumes", "--timeout", "30", check=False)
+            if engine.cdi_dir is not None:  # the proof's own engine keeps the base image, and none that were replaced
+                engine.docker("image", "prune", "--force")
     except EngineUnavailableError as error:
         pytest.skip(f"no container proof: {error}")

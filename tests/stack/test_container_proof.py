@@ -209,7 +209,8 @@ def test_the_kernels_gates_run_in_the_image(stack: Stack, times: Timed) -> None:
     with times("inspect of some kernels in the image"):
         found = stack.compose(*run, "--entrypoint", "step128-kernels", "serve", "inspect", *some, "--json").stdout
     assert json.loads(found)
-    findings = json.loads(stack.compose(*run, "serve", "doctor", "--json").stdout)["findings"]
+    # It fails for the faked devices, which no driver knows; what it says of Triton is asked here.
+    findings = json.loads(stack.compose(*run, "serve", "doctor", "--json", check=False).stdout)["findings"]
     (triton,) = [each for each in findings if each["check"] == "triton"]
     assert triton["outcome"] == "PASS", triton
 
