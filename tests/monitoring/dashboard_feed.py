@@ -36,7 +36,6 @@ TOKEN = "a token of the test"
 _MODEL = str(ROOT / "tests/data/step-3.7-flash-240")
 _NAMES = ROOT / "tests/monitoring/vllm_0_32_metrics.txt"
 _TREES = runpy.run_path(str(ROOT / "tests/machines/make_trees.py"))
-_GIB = 2**30
 _OWN_LABELS = {
     "num_requests_waiting_by_reason": ("reason", ("capacity", "deferred")),
     "request_success": ("finished_reason", ("stop", "length", "abort", "error", "repetition")),
@@ -170,7 +169,7 @@ class MovingBox:
         for place, device in enumerate(self.devices):
             load = self.load * (1 - 0.03 * place)
             pool = "vram" if (device / "mem_busy_percent").exists() else "gtt"
-            self._write(device, f"mem_info_{pool}_used", int(taken * min(1.0, self.load * 3 + 0.002)))
+            self._write(device, f"mem_info_{pool}_used", int(taken if self.load else 64 * 2**20))
             self._write(device, "gpu_busy_percent", round(100 * load))
             self._write(device, "mem_busy_percent", round(80 * load))
             self._write(device, "hwmon/*/temp1_input", round(1000 * (41 + 20 * load + place)))
