@@ -1,4 +1,4 @@
-"""The `step128` command: plan, serve, profiles, doctor, calibrate, status."""
+"""The `step128` command: plan, serve, profiles, doctor, calibrate, status; for containers secrets, up, logs, down."""
 
 import argparse
 import json
@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "calibrate": _calibrate,
         "status": _status,
+        "secrets": _secrets,
+        "up": _up,
+        "logs": _logs,
+        "down": _down,
     }
     options = parse(commands, arguments)
     try:
@@ -137,10 +141,38 @@ def _calibrate(options: argparse.Namespace) -> ExitCode:
 
 
 def _status(options: argparse.Namespace) -> ExitCode:
+    if options.stack:
+        from step128_launcher.commands.stack_status_command import run_stack_status
+
+        return run_stack_status(options)
     from step128_launcher.commands.planned import state_dir
     from step128_launcher.commands.status_command import run_status
 
     return run_status(options, state_dir(options))
+
+
+def _secrets(options: argparse.Namespace) -> ExitCode:
+    from step128_launcher.commands.secrets_command import run_secrets
+
+    return run_secrets(options)
+
+
+def _up(options: argparse.Namespace) -> ExitCode:
+    from step128_launcher.commands.up_command import run_up
+
+    return run_up(options)
+
+
+def _logs(options: argparse.Namespace) -> ExitCode:
+    from step128_launcher.commands.logs_command import run_logs
+
+    return run_logs(options)
+
+
+def _down(options: argparse.Namespace) -> ExitCode:
+    from step128_launcher.commands.down_command import run_down
+
+    return run_down(options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 EXIT_CODE_HELP = """exit codes:
   0 ok                        1 doctor: a check failed      2 usage
   3 does not fit in memory    4 unsupported hardware        5 permission
- 65 bad checkpoint           66 input not found            69 server failed to start, or died
+ 65 bad checkpoint           66 input not found            69 server failed to start, or died; Docker unusable
  70 started, but what was planned did not take effect      73 cannot write the output
  75 port, or state folder, in use                          78 bad configuration
   1 also stands for an unexpected internal error          130 interrupted"""

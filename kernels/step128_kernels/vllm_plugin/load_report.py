@@ -95,6 +95,7 @@ def write(report: dict[str, Any]) -> None:
     if not folder:
         return
     path = Path(folder) / f"{report['role']}-rank{report['rank']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # the launcher makes it; who starts vLLM by hand does not
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("w") as file:
         json.dump(report, file, indent=1)

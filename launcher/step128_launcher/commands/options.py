@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from step128_launcher.access import AccessLimits
+from step128_launcher.commands.stack_options import add_project, add_stack_commands
 from step128_launcher.errors import EXIT_CODE_HELP, ExitCode
 from step128_launcher.planning.plan import OBJECTIVES
 from step128_launcher.planning.profile_checks import parse_size
@@ -38,7 +39,7 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="step128",
-        description="Plan a server for one checkpoint on this machine, start and watch it.",
+        description="Plan a server for one checkpoint on this machine, start and watch it; by hand or in containers.",
         epilog=EXIT_CODE_HELP,
         formatter_class=raw,
     )
@@ -131,6 +132,10 @@ def _build_parser(commands: Mapping[str, Callable[[argparse.Namespace], ExitCode
     status = add("status", "say how a server started by `step128 serve` is doing")
     _add_state(status)
     status.add_argument("--json", action="store_true", help="print it as one JSON document")
+    status.add_argument("--stack", action="store_true", help="of the container stack instead: each service's health")
+    add_project(status)
+
+    add_stack_commands(add)
     return parser
 
 

@@ -117,7 +117,7 @@ def _figure(row: Row, kind: str) -> float:
 
 def _memory(memory: MemoryPlan) -> Iterable[Metric]:
     lines = GaugeMetricFamily(
-        "step128_plan_memory_bytes", "Planned memory by item, over all ranks.", labels=["item", "evidence"]
+        "step128_plan_memory_bytes", "Planned memory by item, of one GPU, or of the host.", labels=["item", "evidence"]
     )
     for line in memory.lines:
         lines.add_metric([line.name, line.evidence], line.total_bytes)

@@ -137,7 +137,8 @@ class Bench:
 
     def run(self, *arguments: str) -> SimpleNamespace:
         """Run a command: its exit status, and what it printed with line breaks of the console undone."""
-        code = main([*arguments])
+        limit = ["--timeout", "5"] if arguments[0] == "up" and "--timeout" not in arguments else []
+        code = main([*arguments, *limit])
         printed = self.capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err)
 

@@ -37,7 +37,7 @@ services:
         echo "[  0.1 s] loading weights:  10%"
         cat /run/secrets/api_key /models/tiny/config.json > /dev/null
         test -z "$FAIL" || {{ echo "it went wrong"; exit 7; }}
-        sleep 3
+        sleep 8
         echo > /tmp/ready
         exec sleep 1000
       - --model
