@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-LEAST_ENGINE, LEAST_COMPOSE = (25, 0), (2, 24)  # as compose.yaml says
+LEAST_ENGINE, LEAST_COMPOSE = (25, 0), (2, 26)  # as compose.yaml says
 RUN_DIR, DATA_DIR = Path("/run/step128-proof"), Path("/var/cache/step128-proof")
 CDI_DIR = RUN_DIR / "cdi"
 START_LIMIT_SECONDS = 60
