@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from step128_checkpoint.dtypes import all_finite
 from step128_checkpoint.errors import CheckpointError, OutputError, PermissionDeniedError
-from step128_checkpoint.files import reading, size_text
+from step128_checkpoint.files import reading, size_text, sync_folder
 from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.journal import Journal
 from step128_checkpoint.layout import Layout, OutputTensor, plan_layout
@@ -42,7 +43,8 @@ Notes = dict[str, dict[str, Any]]
 _REWRITTEN = ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md")
 
 # Other formats' weights, and reports about the input alone, would be wrong beside the new weights.
-_NOT_CARRIED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack", "_report.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".onnx", ".h5", ".msgpack")
+_NOT_CARRIED_SUFFIXES = (*_WEIGHT_SUFFIXES, "_report.json", "_report.png")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Conversion:
         return {
             "input": hashlib.sha256(described.encode()).hexdigest(),
             "max_shard_bytes": self.max_shard_bytes,
+            "step128_version": version("step128"),
             **self.options,
         }
 
@@ -137,6 +140,7 @@ def convert(
     What fails before any tensor is finished, or cannot be continued because the input is bad, leaves nothing behind.
 
     Raises:
+        AlreadyCompleteError: an earlier run made the output and was killed before its clean-up.
         OutputError: the output exists, the disk is too small or full, or ``OUT.partial`` belongs to another run or is
             not ours at all.
         PermissionDeniedError: the output's place may not be written, or a file of the input may not be read.
@@ -151,7 +155,7 @@ def convert(
         with reading(source):
             carried = [path for path in carried_files(source) if str(path) not in conversion.extra_files]
             carried_bytes = sum((source / path).stat().st_size for path in carried)
-        _check_disk(layout, carried_bytes, product)
+        check_disk(layout, carried_bytes, product)
         with _made_folders(work), closing(Journal(work, conversion.fingerprint(), restart)) as journal:
             try:
                 if not journal.finished and product.exists():
@@ -215,8 +219,12 @@ def _made_folders(work: Path) -> Iterator[None]:
         raise
 
 
-def _check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
-    """Compare what is still to be allocated with what is free (files of an interrupted run are sparse)."""
+def check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
+    """Compare what is still to be allocated with what is free (files of an interrupted run are sparse).
+
+    Raises:
+        OutputError: it does not fit.
+    """
     present = (product / file_name for file_name in layout.headers)
     allocated_bytes = sum(path.stat().st_blocks * 512 for path in present if path.exists())
     needed_bytes = layout.total_bytes + carried_bytes - allocated_bytes
@@ -231,14 +239,6 @@ def _check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:
 
 def _publish(product: Path, out: Path) -> None:
     """Give the finished folder its name; after this it is complete even if the power fails."""
-    _sync_folder(product)
+    sync_folder(product)
     os.rename(product, out)  # noqa: PTH104  replaces an empty folder, which Path.rename documents differently
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)

@@ -32,24 +32,29 @@ _BOUND_SLACK = 1.02  # bfloat16 rounds K three times on its way to the cache, by
 
 @dataclass(frozen=True)
 class KvScalePlan:
-    """Which KV scales a product gets: the input's, if it has any; calibrated ones (``values`` by name); or none."""
+    """Which KV scales a product gets: the input's, if it has any; calibrated ones (``values`` by name); or none.
+
+    ``report`` is what the product's report says of them (JSON values).
+    """
 
     source: Literal["input", "calibrated", "none"]
     values: Mapping[str, float] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         """What of this decides the product's bytes, as JSON values."""
         if self.source != "calibrated":
             return {"kv_scales": self.source}
         text = json.dumps(sorted(self.values.items()))
-        return {"kv_scales": self.source, "kv_scales_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        return {"kv_scales": self.source, "kv_headroom": self.report.get("headroom"), "kv_scales_sha256": sha256}
 
     def steps(self) -> list[Step]:
         """Steps that write the calibrated scales, float32 [1] each, into a file of their own."""
         return [_step(name, value) for name, value in self.values.items()]
 
 
-KEEP_KV_SCALES = KvScalePlan("input")
+KEEP_KV_SCALES = KvScalePlan("input", report={"source": "input"})
 
 
 def kv_scales(
@@ -97,26 +102,40 @@ def plan_kv_scales(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     wanted: Literal["auto", "keep", "calibrated", "none"],
-    k_headroom: float,
-    v_headroom: float,
+    k_headroom: float | None,
+    v_headroom: float | None,
+    input_first: bool = False,
 ) -> KvScalePlan:
     """Decide where a product's KV scales come from.
 
-    ``auto``: from a calibration that pruned on the way, whose ranges are the pruned model's; else the input's, if it
-    has any; else from the calibration, if there is one.
+    Args:
+        checkpoint: the input.
+        calibration: of the product's layers, if there is one.
+        wanted: ``auto`` takes calibrated ones if there is a calibration (with ``input_first``: the input's, if it has
+            any), else the input's.
+        k_headroom: of calibrated ones; None for the default.
+        v_headroom: likewise.
+        input_first: see ``wanted``.
 
     Raises:
-        ConfigurationError: calibrated ones are wanted and there is no calibration.
+        ConfigurationError: calibrated ones are wanted and there is no calibration, or a headroom is given for scales
+            that are not made here.
         CheckpointError: see :func:`kv_scales`.
     """
-    if wanted == "none":
-        return KvScalePlan("none")
     if wanted == "calibrated" and calibration is None:
         raise ConfigurationError("--kv-scales calibrated needs a calibration: --calibration DIR")
-    pruned = calibration is not None and calibration.kept_experts is not None
-    if calibration is None or wanted == "keep" or (wanted == "auto" and has_kv_scales(checkpoint) and not pruned):
-        return KEEP_KV_SCALES
-    return KvScalePlan("calibrated", kv_scales(checkpoint, calibration, k_headroom, v_headroom))
+    keeps = calibration is None or wanted == "keep" or (wanted == "auto" and input_first and has_kv_scales(checkpoint))
+    if wanted != "none" and not keeps and calibration is not None:
+        headroom = {"k": k_headroom or K_HEADROOM, "v": v_headroom or V_HEADROOM}
+        values = kv_scales(checkpoint, calibration, headroom["k"], headroom["v"])
+        report = {"source": "calibrated", "headroom": headroom, "held_out_overflows": overflow_summary(calibration)}
+        return KvScalePlan("calibrated", values, report)
+    if k_headroom or v_headroom:
+        raise ConfigurationError(
+            "--k-headroom and --v-headroom are of calibrated KV scales, and none are made here: the input's are kept, "
+            "or none are wanted. Leave them out, or add --kv-scales calibrated."
+        )
+    return KvScalePlan("none", report={"source": "none"}) if wanted == "none" else KEEP_KV_SCALES
 
 
 def has_kv_scales(checkpoint: Checkpoint) -> bool:

@@ -24,7 +24,7 @@ from step128_checkpoint.layout import OutputTensor
 from step128_checkpoint.plain import require_plain
 from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX, Policy
 from step128_checkpoint.quantization import engine
-from step128_checkpoint.quantization.hessians import MATRICES_IN_MEMORY, Hessians
+from step128_checkpoint.quantization.hessians import KEPT_BYTES, MATRICES_IN_MEMORY, Hessians
 from step128_checkpoint.quantization.importance import Importance
 from step128_checkpoint.quantization.quality import ErrorSums
 from step128_checkpoint.quantization.report import REPORT_NAME, report_json, tensor_qualities
@@ -106,7 +106,7 @@ def plan_quantization(
 
     def report(notes: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
         rows = tensor_qualities(notes, lambda name: policy.component_of(name, layers))
-        return {REPORT_NAME: report_json(rows, options)}
+        return {REPORT_NAME: report_json(rows, options, kv_plan.report)}
 
     return Conversion(
         checkpoint,
@@ -158,6 +158,7 @@ class _Quantizer:
                 "weight": tensor.name,
                 "parameters": tensor.elements,
                 "weighted": known,
+                "feedback": feedback,
                 "quality": asdict(total),
             }
 
@@ -168,9 +169,10 @@ class _Quantizer:
             OutputTensor(tensor.name + SCALE_SUFFIX, "F16", scale_shape, tensor.path.name),
         )
         matrix_bytes = columns * columns * 4 if feedback else 0
-        # An expert's piece has a factor of its own.
-        piece_bytes = _PIECE_MEMORY_BYTES + (matrix_bytes if len(tensor.shape) == 3 else 0)
-        return Step(outputs, blocks.pieces, produce, piece_bytes, MATRICES_IN_MEMORY * matrix_bytes, notes)
+        # GPTQ lays out half the factor anew for each piece; an expert's piece has a factor of its own besides.
+        piece_bytes = _PIECE_MEMORY_BYTES + matrix_bytes // 2 + (matrix_bytes if len(tensor.shape) == 3 else 0)
+        step_bytes = MATRICES_IN_MEMORY * matrix_bytes + KEPT_BYTES if feedback else 0
+        return Step(outputs, blocks.pieces, produce, piece_bytes, step_bytes, notes)
 
     def _quantize(
         self,

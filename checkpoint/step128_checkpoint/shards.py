@@ -89,7 +89,7 @@ def write_shards(
         ConfigurationError: the memory limit is too small for a single piece.
         CheckpointError: from ``produce``.
     """
-    room_bytes = _room(steps, max_memory_bytes)
+    room_bytes = memory_room(steps, max_memory_bytes)
     try:
         with _ShardFiles(folder, layout) as files:
             verified, redone, remaining = 0, 0, []
@@ -109,8 +109,12 @@ def write_shards(
     return WriteSummary(written_tensors=written, verified_tensors=verified, redone_tensors=redone)
 
 
-def _room(steps: Sequence[Step], max_memory_bytes: int) -> int:
-    """Bytes that pieces in flight may use: the limit less what the process holds already."""
+def memory_room(steps: Sequence[Step], max_memory_bytes: int) -> int:
+    """Bytes that pieces in flight may use: the limit less what the process holds already.
+
+    Raises:
+        ConfigurationError: a single piece does not fit.
+    """
     room_bytes = max_memory_bytes - resident_bytes()
     for step in steps:
         if (needed_bytes := step.piece_memory_bytes + step.step_memory_bytes) > room_bytes:

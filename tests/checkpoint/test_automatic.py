@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from step128_checkpoint.calibration.result import hessian_key
+from step128_checkpoint.calibration.result import Calibration, hessian_key
 from step128_checkpoint.cli import main
 from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.quantization.hessians import Hessians
@@ -21,6 +22,14 @@ from step128_kernels import codebook
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 FEW = ("--samples", "8", "--tokens", "128")
 EXPERTS = "model.layers.4.moe.down_proj.weight"
+
+
+def calibration_with(folder: Path, **hessians: np.ndarray) -> Calibration:
+    """A calibration folder with nothing but Hessians, all in one file."""
+    (folder / "hessians").mkdir()
+    path = folder / "hessians" / "layer-00003.safetensors"
+    save_file(hessians, path)
+    return Calibration(folder, {"files": {f"hessians/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()}})
 
 
 def tensor(folder: Path, name: str) -> np.ndarray:
@@ -78,6 +87,28 @@ def test_a_second_run_takes_the_calibration_that_is_there(
         quantized_alone.with_name("again.calibration").rename(quantized_alone.with_name("nl4.calibration"))
 
 
+def test_other_numbers_than_those_it_was_made_with_are_refused(
+    quantized_alone: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = quantized_alone.with_name("other")
+    quantized_alone.with_name("nl4.calibration").rename(quantized_alone.with_name("other.calibration"))
+    try:
+        assert main(["quantize", str(tiny), str(out), "--samples", "9", "--tokens", "128"]) == 78
+        assert "a calibration of 8 samples of 128 tokens" in capsys.readouterr().err
+    finally:
+        quantized_alone.with_name("other.calibration").rename(quantized_alone.with_name("nl4.calibration"))
+    assert main(["quantize", str(tiny), str(out), "--method", "mse", "--samples", "9"]) == 78
+    assert "Leave them out" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_comes_first(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(tiny), str(tmp_path / "out"), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a calibration of 3072 samples of 2048 tokens" in said
+    assert "4.83 GB of disk for hidden states" in said  # 2 files x 3072 x 2048 x 192 channels x 2 bytes
+    assert not list(tmp_path.iterdir())
+
+
 def test_gptq_from_a_calibration_with_hessians(
     quantized_alone: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +121,18 @@ def test_gptq_from_a_calibration_with_hessians(
     samples = str(calibrations / "samples")
     assert main(["calibrate", str(tiny), str(tmp_path / "cal"), "--samples-from", samples, "--hessians"]) == 0
     out = tmp_path / "gptq"
-    assert main(["quantize", str(tiny), str(out), "--method", "gptq", "--calibration", str(tmp_path / "cal")]) == 0
+    command = ["quantize", str(tiny), str(out), "--method", "gptq", "--calibration", str(tmp_path / "cal")]
+    hidden = tmp_path / "cal" / "hessians" / "layer-00000.safetensors"
+    hidden.rename(tmp_path / "aside")
+    assert main(command) == 66
+    assert "layer-00000.safetensors: no such file" in capsys.readouterr().err
+    data = bytearray((tmp_path / "aside").read_bytes())
+    data[-1] ^= 1
+    hidden.write_bytes(data)
+    assert main(command) == 65
+    assert "not as `calibrate` left it" in capsys.readouterr().err
+    (tmp_path / "aside").rename(hidden)
+    assert main(command) == 0
     assert json.loads((out / "config.json").read_text())["quantization_config"]["method"] == "gptq"
     # Errors move from the weights to where the inputs hardly vary: the plain error grows, or feedback did nothing.
     gptq, searched = (
@@ -109,9 +151,7 @@ def test_an_expert_shares_its_layers_hessian_and_has_its_own_moments(tmp_path: P
     inputs = random.standard_normal((500, 32)) @ random.standard_normal((32, 32))
     shared = (inputs.T @ inputs / len(inputs)).astype(np.float32)
     name = "model.layers.3.moe.gate_proj.weight"
-    (tmp_path / "hessians").mkdir()
-    save_file({hessian_key(name): shared}, tmp_path / "hessians" / "layer-00003.safetensors")
-    hessians = Hessians(tmp_path)
+    hessians = Hessians(calibration_with(tmp_path, **{hessian_key(name): shared}))
     weight = TensorInfo(name, "BF16", (4, 16, 32), tmp_path, 0)
     ratio = random.lognormal(0, 1, 32).astype(np.float32)
     factor = hessians.factor(weight, 2, np.diagonal(shared) * ratio)
@@ -127,10 +167,8 @@ def test_an_expert_shares_its_layers_hessian_and_has_its_own_moments(tmp_path: P
 
 def test_an_expert_that_saw_no_token_is_searched_without_feedback(tmp_path: Path) -> None:
     name = "model.layers.3.moe.down_proj.weight"
-    (tmp_path / "hessians").mkdir()
     own = np.stack([np.eye(16, dtype=np.float32), np.zeros((16, 16), np.float32)])
-    save_file({hessian_key(name): own}, tmp_path / "hessians" / "layer-00003.safetensors")
-    hessians = Hessians(tmp_path)
+    hessians = Hessians(calibration_with(tmp_path, **{hessian_key(name): own}))
     weight = TensorInfo(name, "BF16", (2, 8, 16), tmp_path, 0)
     assert hessians.factor(weight, 0, np.ones(16, np.float32)) is not None
     assert hessians.factor(weight, 1, np.zeros(16, np.float32)) is None

@@ -78,6 +78,9 @@ def test_scales_are_the_largest_value_with_headroom_over_448(make_checkpoint: Ma
     assert scales_of(tmp_path / "other")["model.layers.0.self_attn.k_proj.k_scale"] == np.float32(3.0 / 448)
     assert scales_of(tmp_path / "other")["model.layers.0.self_attn.v_proj.v_scale"] == np.float32(2.0 / 448)
     assert main(["inspect", str(tmp_path / "default")]) == 0
+    report = json.loads((tmp_path / "default" / "quantization_report.json").read_text())["kv_scales"]
+    assert report["headroom"] == {"k": 1.15, "v": 1.25}
+    assert report["held_out_overflows"]["k"]["1"] == {"layers": 4, "values": 12}
 
 
 def test_scales_of_the_input_are_kept_unless_asked_otherwise(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -92,6 +95,8 @@ def test_scales_of_the_input_are_kept_unless_asked_otherwise(make_checkpoint: Ma
     assert quantize(source, tmp_path / "none", "--kv-scales", "none") == 0
     assert scales_of(tmp_path / "none") == {}
     assert quantize(source, tmp_path / "impossible", "--kv-scales", "calibrated") == 78
+    # A headroom for scales that are not made here would do nothing.
+    assert quantize(source, tmp_path / "idle", "--calibration", calibration, "--k-headroom", "8") == 78
 
 
 def test_mtp_layers_that_are_not_there_get_none(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

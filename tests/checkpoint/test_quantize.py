@@ -251,3 +251,21 @@ def test_memory_is_bounded_by_pieces(tmp_path: Path, step_model: Callable[..., A
     used_bytes = int(done.stdout.splitlines()[-1])
     print(f"peak over the start: {used_bytes / 1e6:.0f} MB for {end / 1e6:.0f} MB of weights")
     assert used_bytes < 100e6  # two jobs: twice the bound that quantize.py states
+
+
+def test_a_file_of_importance_decides_the_bytes_and_is_named(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupted run must not go on with other weights, and the product must name those that it used."""
+    source, hashes = make_checkpoint(), []
+    for number in (1, 2):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({EXPERTS: np.random.default_rng(number).random((4, 64), dtype=np.float32)}, path)
+        assert run("quantize", source, tmp_path / f"nl4-{number}", "--importance", path) == 0
+        config = json.loads((tmp_path / f"nl4-{number}" / "config.json").read_text())
+        hashes.append(config["quantization_config"]["calibration"])
+    assert hashes[0] != hashes[1]
+    assert (
+        run("quantize", source, tmp_path / "gptq", "--method", "gptq", "--importance", tmp_path / "1.safetensors") == 78
+    )
+    assert "--importance cannot be used with --method gptq" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def open_calibration(folder: Path) -> Calibration:
     try:
         _ = calibration.kv_ranges, calibration.kept_experts, document["checkpoint"]["headers_sha256"]
         sha256: dict[str, str] = document["files"]
-        damaged = [name for name in (IMPORTANCE_NAME, SALIENCY_NAME) if _sha256(folder / name) != sha256[name]]
+        damaged = [name for name in (IMPORTANCE_NAME, SALIENCY_NAME) if file_sha256(folder / name) != sha256[name]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r}). Calibrate again.") from error
     if damaged:
@@ -137,7 +137,12 @@ def open_calibration(folder: Path) -> Calibration:
     return calibration
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex.
+
+    Raises:
+        InputNotFoundError, PermissionDeniedError: it is missing, or may not be read.
+    """
     with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

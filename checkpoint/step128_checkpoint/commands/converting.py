@@ -13,14 +13,14 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from step128_checkpoint.conversion import Conversion, ConversionSummary, convert
+from step128_checkpoint.conversion import Conversion, ConversionSummary, check_disk, convert
 from step128_checkpoint.files import size_text
 from step128_checkpoint.header import TensorInfo
 from step128_checkpoint.inspect import ComponentSize, component_sizes
-from step128_checkpoint.places import check_places
+from step128_checkpoint.places import check_places, work_folder
 from step128_checkpoint.policy import Policy
 from step128_checkpoint.reader import Checkpoint
-from step128_checkpoint.shards import disk_error
+from step128_checkpoint.shards import disk_error, memory_room
 from step128_checkpoint.tables import before_and_after
 
 
@@ -30,6 +30,16 @@ def check_output(source: Path, out: Path) -> None:
         check_places(source, out)
     except OSError as error:
         raise disk_error(out, error) from error
+
+
+def check_room(conversion: Conversion, out: Path, max_memory_bytes: int) -> None:
+    """Refuse too little disk or memory for a conversion before other long work is done for it.
+
+    Raises:
+        OutputError, ConfigurationError: see :func:`convert`.
+    """
+    check_disk(conversion.layout(), 0, work_folder(out.absolute()) / "checkpoint")
+    memory_room(conversion.steps, max_memory_bytes)
 
 
 def run_conversion(

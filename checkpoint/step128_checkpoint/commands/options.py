@@ -13,12 +13,13 @@ from step128_checkpoint.kv_scaling import K_HEADROOM, V_HEADROOM
 from step128_checkpoint.memory import DEFAULT_MAX_MEMORY_BYTES, memory_size
 
 EXIT_CODES = """exit codes:
-  0 done    1 internal error    2 wrong usage    5 permission denied
+  0 done, now or before    1 internal error    2 wrong usage    5 permission denied
   65 bad checkpoint or data (`inspect`, `verify`: there are problems)
   66 input not found    69 the hub cannot be reached
   73 output cannot be written (exists, overlaps the input, disk full)
   78 unknown policy, bad policy file, impossible option or missing package
-  130 interrupted by Ctrl-C (run the same command again and it resumes)"""
+  130 interrupted by Ctrl-C (quantize, dequantize, prune, calibrate and download
+      go on when the same command is run again)"""
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -53,7 +54,8 @@ def add_conversion(commands: Any, name: str, run: Run, text: str) -> argparse.Ar
         type=memory_size,
         default=DEFAULT_MAX_MEMORY_BYTES,
         metavar="SIZE",
-        help="most memory of this process, whatever the checkpoint's size (default: 8GiB)",
+        help="most memory of this process, whatever the checkpoint's size (default: 8GiB); a calibration made on the "
+        "way needs what `calibrate --dry-run` says, in a process of its own",
     )
     group.add_argument("--dry-run", action="store_true", help="print what would be done, and the sizes")
     group.add_argument("--restart", action="store_true", help="start over instead of continuing an interrupted run")
@@ -68,15 +70,14 @@ def add_kv_scales(parser: argparse.ArgumentParser) -> None:
         "--kv-scales",
         choices=["auto", "keep", "calibrated", "none"],
         default="auto",
-        help="auto (default): of a calibration that pruned; else the input's, if it has any; else of the calibration",
+        help="auto (default): `prune` takes those of a calibration that pruned; `quantize` the input's, if it has any",
     )
     for kind, default in (("k", K_HEADROOM), ("v", V_HEADROOM)):
         group.add_argument(
             f"--{kind}-headroom",
             type=_headroom,
-            default=default,
             metavar="H",
-            help=f"largest {kind.upper()} stored, over the largest seen (default: %(default)s)",
+            help=f"of calibrated ones: largest {kind.upper()} stored, over the largest seen (default: {default})",
         )
 
 

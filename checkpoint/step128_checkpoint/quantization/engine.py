@@ -31,6 +31,14 @@ def device_name(wanted: str) -> str:
     return str(find_device(wanted))
 
 
+def load(feedback: bool) -> None:
+    """Import what the method needs now, so that its memory counts as used when the rest is divided."""
+    if search.available():
+        import step128_checkpoint.quantization.search_compiled  # noqa: F401
+    if feedback:
+        import step128_checkpoint.quantization.gptq  # noqa: F401
+
+
 def quantize(
     weight: Float32Array, importance: Float32Array | None, scale_search: codebook.ScaleSearch, device: str
 ) -> tuple[Uint8Array, Float16Array]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from step128_checkpoint.calibration.result import HESSIANS_FOLDER, hessian_key
+from step128_checkpoint.calibration.result import HESSIANS_FOLDER, Calibration, file_sha256, hessian_key
 from step128_checkpoint.dtypes import Float32Array, to_float32
 from step128_checkpoint.errors import CheckpointError, InputNotFoundError
 from step128_checkpoint.header import TensorInfo, read_header
 from step128_checkpoint.reader import Checkpoint
 
 # Pieces in flight touch at most two matrices, the one that ends and the one that begins, unless matrices are small.
-_CACHED_BYTES = 1 << 28
+KEPT_BYTES = 1 << 28
+"""Of factors that are kept while they are small; two are in any case."""
+
 _FEWEST_CACHED = 2
-MATRICES_IN_MEMORY = 6
-"""Square float32 matrices [K, K] at once: the Hessian, LAPACK's copy of it in float64, its factor, two kept."""
+MATRICES_IN_MEMORY = 8
+"""Square float32 matrices [K, K] at once: the Hessian, two copies in float64 (the damping is tried anew), its factor,
+two kept."""
 
 _SMALLEST_RATIO = 1e-4  # of an expert's second moment to its layer's: a channel that an expert never saw still counts
 
@@ -26,19 +29,24 @@ _SMALLEST_RATIO = 1e-4  # of an expert's second moment to its layer's: a channel
 class Hessians:
     """Cholesky factors of inverse Hessians by weight matrix; safe to call from several threads."""
 
-    def __init__(self, calibration_folder: Path) -> None:
-        """Open every file of ``hessians/``.
+    def __init__(self, calibration: Calibration) -> None:
+        """Open every file of ``hessians/`` that the calibration wrote, and hash it.
 
         Raises:
-            InputNotFoundError: there are none.
+            InputNotFoundError: there are none, or one is missing.
+            CheckpointError: one is not as the calibration left it.
         """
-        folder = calibration_folder / HESSIANS_FOLDER
-        paths = sorted(folder.glob("*.safetensors"))
+        folder = calibration.folder / HESSIANS_FOLDER
+        recorded: dict[str, str] = calibration.document["files"]
+        paths = {calibration.folder / name: sha for name, sha in recorded.items() if name.startswith(HESSIANS_FOLDER)}
         if not paths:
             raise InputNotFoundError(f"{folder}: no Hessians. GPTQ needs them: run `calibrate` again with --hessians.")
         tensors: dict[str, TensorInfo] = {}
-        for path in paths:
-            tensors |= read_header(path)
+        with ThreadPoolExecutor() as pool:
+            for path, found in zip(paths, pool.map(file_sha256, paths), strict=True):
+                if found != paths[path]:
+                    raise CheckpointError(f"{path}: not as `calibrate` left it. Calibrate again.")
+                tensors |= read_header(path)
         self._source = Checkpoint(folder, {}, tensors)
         self._source.open_files()
         self._lock = threading.Lock()
@@ -96,5 +104,5 @@ class Hessians:
 
     def _keep(self, place: tuple[str, int], made: tuple[Float32Array, Float32Array] | None, columns: int) -> None:
         self._factors[place] = made
-        while len(self._factors) > max(_FEWEST_CACHED, _CACHED_BYTES // (columns * columns * 4)):
+        while len(self._factors) > max(_FEWEST_CACHED, KEPT_BYTES // (columns * columns * 4)):
             self._factors.popitem(last=False)

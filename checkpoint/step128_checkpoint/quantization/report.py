@@ -25,6 +25,7 @@ class TensorQuality:
     parameters: int
     sqnr_db: float
     output_sqnr_db: float | None
+    feedback: bool
 
 
 def tensor_qualities(
@@ -43,19 +44,22 @@ def tensor_qualities(
                 parameters=note["parameters"],
                 sqnr_db=sums.sqnr_db,
                 output_sqnr_db=sums.weighted_sqnr_db if note["weighted"] else None,
+                feedback=note["feedback"],
             )
         )
     return sorted(rows, key=lambda row: (row.sqnr_db if row.output_sqnr_db is None else row.output_sqnr_db, row.name))
 
 
-def report_json(rows: list[TensorQuality], options: Mapping[str, Any]) -> bytes:
-    """The report file's content."""
+def report_json(rows: list[TensorQuality], options: Mapping[str, Any], kv_scales: Mapping[str, Any]) -> bytes:
+    """The report file's content; ``kv_scales`` says where those come from and what headroom buys."""
     document = {
         "options": dict(options),
+        "kv_scales": dict(kv_scales),
         "meaning": {
             "sqnr_db": "10 log10 of squared weights over squared errors",
             "output_sqnr_db": "the same with input channels weighted by E[x^2]: the error of the layer's output, if "
-            "its input channels were uncorrelated",
+            "its input channels were uncorrelated; they are not, and GPTQ trades this figure for the output itself",
+            "feedback": "GPTQ's error feedback; false where calibration saw no token of the tensor's inputs",
         },
         "tensors": [
             {
@@ -64,6 +68,7 @@ def report_json(rows: list[TensorQuality], options: Mapping[str, Any]) -> bytes:
                 "parameters": row.parameters,
                 "sqnr_db": _rounded(row.sqnr_db),
                 "output_sqnr_db": _rounded(row.output_sqnr_db),
+                "feedback": row.feedback,
             }
             for row in rows
         ],
@@ -80,8 +85,10 @@ def worst_tensors(rows: list[TensorQuality]) -> Table:
     """The ten worst tensors, for people."""
     table = Table(title=f"largest errors ({min(_SHOWN, len(rows))} of {len(rows)} quantized tensors)")
     table.add_column("tensor")
-    for heading in ("weights, dB", "output, dB"):
+    for heading in ("weights, dB", "by E[x²], dB"):
         table.add_column(heading, justify="right")
+    if any(row.feedback for row in rows):
+        table.caption = "GPTQ trades both figures for the error of the output, which correlated inputs allow"
     for row in rows[:_SHOWN]:
         output = "-" if row.output_sqnr_db is None else f"{row.output_sqnr_db:.2f}"
         table.add_row(row.name, f"{row.sqnr_db:.2f}", output)
