@@ -101,8 +101,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     calibrates = arguments.method == "importance" and not (arguments.calibration or arguments.importance)
     if (arguments.samples or arguments.tokens) and not calibrates:
         raise ConfigurationError(
-            "--samples and --tokens are of a calibration made on the way, and none is: the method needs none, or one is "
-            "given. Leave them out."
+            "--samples and --tokens are of a calibration made on the way, and none is: the method needs none, or one "
+            "is given. Leave them out."
         )
     if arguments.method == "gptq" and arguments.importance:
         raise ConfigurationError("--importance cannot be used with --method gptq: its Hessians have their own diagonal")
