@@ -65,8 +65,8 @@ def _check_samples(folder: Path, samples: int, tokens: int) -> None:
     made = sum(part.wanted for part in found.mixture), found.document.get("tokens_per_sample")
     if made != (samples, tokens):
         raise ConfigurationError(
-            f"{folder.parent} holds a calibration of {made[0]} samples of {made[1]} tokens; {samples} of {tokens} are asked "
-            f"for. Delete that folder, or repeat --samples {made[0]} --tokens {made[1]}."
+            f"{folder.parent} holds a calibration of {made[0]} samples of {made[1]} tokens, not {samples} of {tokens}. "
+            f"Delete that folder, or repeat --samples {made[0]} --tokens {made[1]}."
         )
 
 

@@ -24,6 +24,11 @@ EXIT_CODES = """exit codes:
 Run = Callable[[argparse.Namespace], int]
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on: in a container, often not all of the machine's."""
+    return len(os.sched_getaffinity(0))
+
+
 def add_command(commands: Any, name: str, run: Run, text: str) -> argparse.ArgumentParser:
     """A command's parser with its help, and the exit codes below it."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -47,7 +52,7 @@ def add_conversion(commands: Any, name: str, run: Run, text: str) -> argparse.Ar
         help="most bytes of one file (default: %(default)s)",
     )
     group.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
+        "--jobs", type=positive, default=usable_cores(), metavar="N", help="threads (default: all cores)"
     )
     group.add_argument(
         "--max-memory",
@@ -85,6 +90,14 @@ def _headroom(text: str) -> float:
     value = float(text)
     if not 1 <= value <= 16:
         raise argparse.ArgumentTypeError("must be from 1 to 16")
+    return value
+
+
+def non_negative(text: str) -> int:
+    """A count or seed of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
     return value
 
 

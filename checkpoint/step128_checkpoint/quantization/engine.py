@@ -34,9 +34,9 @@ def device_name(wanted: str) -> str:
 def load(feedback: bool) -> None:
     """Import what the method needs now, so that its memory counts as used when the rest is divided."""
     if search.available():
-        import step128_checkpoint.quantization.search_compiled
+        pass
     if feedback:
-        import step128_checkpoint.quantization.gptq
+        pass
 
 
 def quantize(
