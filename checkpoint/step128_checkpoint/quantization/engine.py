@@ -5,6 +5,7 @@ All make the same bytes. numba and torch are imported when first needed: startin
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def device_name(wanted: str) -> str:
 def load(feedback: bool) -> None:
     """Import what the method needs now, so that its memory counts as used when the rest is divided."""
     if search.available():
-        pass
+        import_module("step128_checkpoint.quantization.search_compiled")
     if feedback:
-        pass
+        import_module("step128_checkpoint.quantization.gptq")
 
 
 def quantize(
