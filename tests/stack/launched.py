@@ -1,6 +1,7 @@
 """Start a server with the launcher, as a user would, for the tests of the whole stack."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -95,7 +96,9 @@ def launch(model: Path, folder: Path, options: Sequence[str] = ()) -> Iterator[S
     arguments = [program, "serve", str(model), "--profile", "cpu", "--state-dir", str(state), *options]
     arguments += ["--port", str(port), "--metrics-port", str(metrics_port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+        # Other tests quiet the vLLM that they import; the one that is served logs as a user's does.
+        environment = {name: value for name, value in os.environ.items() if name != "VLLM_LOGGING_LEVEL"}
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + START_LIMIT_SECONDS
         while _state_of(state) != "ready":
