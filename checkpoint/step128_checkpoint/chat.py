@@ -28,7 +28,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command `chat`; sets `run` as its function."""
     parser = commands.add_parser(
         "chat",
-        help="ask a checkpoint questions through transformers, dequantized",
         description="Load a checkpoint, NL4 weights dequantized, into transformers' own Step-3.7 model and answer. For "
         "checking a checkpoint, not for serving one. Without --prompt: a conversation, ended by Ctrl-D.",
         epilog="Exit codes: 0 answered, 65 bad checkpoint, 66 not found, 78 too little memory, unknown device or "

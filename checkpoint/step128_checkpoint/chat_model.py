@@ -7,7 +7,9 @@ never a second copy of the model, neither in memory nor on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -16,13 +18,14 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import GenerationConfig, Step3p7Config, Step3p7ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from step128_checkpoint.calibration.weights import load_weight, weight_shape
 from step128_checkpoint.devices import free_bytes
 from step128_checkpoint.dimensions import layer_of
 from step128_checkpoint.errors import CheckpointError, ConfigurationError
 from step128_checkpoint.expected import structure_problems
-from step128_checkpoint.files import size_text
+from step128_checkpoint.files import read_json_object, size_text
 from step128_checkpoint.kv_scales import KV_SCALE
 from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX
 from step128_checkpoint.reader import Checkpoint
@@ -77,10 +80,12 @@ def load_model(
 
     Raises:
         MemoryShortageError: it does not fit.
-        CheckpointError: the checkpoint contradicts its config.json, or transformers cannot load it.
+        CheckpointError: the checkpoint contradicts its config.json, its generation_config.json is bad, or transformers
+            cannot load it.
     """
     if problems := structure_problems(checkpoint):
         raise CheckpointError(problems[0])
+    generation = _generation_config(checkpoint)
     needed = needed_bytes(checkpoint, dtype)
     for place in dict.fromkeys((torch.device("cpu"), device)):
         free = free_bytes(place)
@@ -92,7 +97,7 @@ def load_model(
                 "free. Try --dtype bfloat16, or `perplexity`, which holds one layer at a time."
             )
     values = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    with checkpoint:
+    with checkpoint, _bars_on_terminals_only():
         try:
             model, loading = Step3p7ForConditionalGeneration.from_pretrained(
                 None,
@@ -112,9 +117,38 @@ def load_model(
             raise CheckpointError(
                 f"{checkpoint.folder}: transformers reports {kind.replace('_', ' ')}: {names[0]}, ..."
             )
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.to(device)
+
+
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """The checkpoint's generation_config.json, if it has one."""
+    path = checkpoint.folder / "generation_config.json"
+    if not path.exists():
+        return None
+    values = read_json_object(path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = values.get(name)
+        if ids is not None and not all(type(token) is int for token in (ids if isinstance(ids, list) else [ids])):
+            raise CheckpointError(f"{path}: {name} is {ids!r}; a number or a list of numbers is needed")
+    try:
+        return GenerationConfig.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: transformers {transformers.__version__} refuses it: {error}") from error
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' progress bars out of files and pipes, as ours are."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 def _kept(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ class _LateCommand:
     installed everywhere."""
 
     module: str
-    help: str
+    help: str  # in the list of commands; the module's own --help describes it at length
 
 
 _LATE_COMMANDS = {
@@ -34,7 +34,7 @@ _LATE_COMMANDS = {
     "calibrate": _LateCommand(
         "step128_checkpoint.calibration.cli", "measure experts, input channels and the KV cache in one sweep"
     ),
-    "prune": _LateCommand("step128_checkpoint.pruning.cli", "drop the experts that matter least"),
+    "prune": _LateCommand("step128_checkpoint.pruning.cli", "drop the experts of each layer that matter least"),
     "perplexity": _LateCommand(
         "step128_checkpoint.evaluation.cli", "perplexity, and KL to another checkpoint, one layer in memory"
     ),
@@ -42,6 +42,8 @@ _LATE_COMMANDS = {
     "model-card": _LateCommand("step128_checkpoint.model_card", "write the product's README.md"),
     "chat": _LateCommand("step128_checkpoint.chat", "ask a checkpoint a question with transformers alone"),
 }
+
+_RESUMABLE = ("quantize", "dequantize", "prune", "calibrate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,14 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         code, message = 5, f"permission denied: {error.filename}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; run the same command again and it resumes"
+        code, message = 130, _interrupted(next(iter(arguments), None))
     except Exception as error:
         traceback.print_exc()
         code, message = 1, f"internal error: {error!r}; please report it with the lines above"
     if "--json" in arguments:
-        print(json.dumps({"error": message, "exit_code": code}))
+        print(json.dumps({"error" if code else "message": message, "exit_code": code}))
     print(f"step128-checkpoint: {message}", file=sys.stderr)
     return code
+
+
+def _interrupted(command: str | None) -> str:
+    if command == "download":
+        return "interrupted; run the same command again: finished files are kept"
+    if command in _RESUMABLE:
+        return "interrupted; run the same command again and it resumes"
+    return "interrupted"
 
 
 def _missing(command: str, error: ModuleNotFoundError) -> str:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from step128_checkpoint.journal import Journal
 from step128_checkpoint.layout import Layout, OutputTensor, plan_layout
 from step128_checkpoint.manifest import MANIFEST_NAME, manifest_of
 from step128_checkpoint.memory import DEFAULT_MAX_MEMORY_BYTES
-from step128_checkpoint.places import check_places, remove_work, work_folder
+from step128_checkpoint.places import check_places, made_folders, remove_work, work_folder
 from step128_checkpoint.reader import INDEX_NAME, Checkpoint
 from step128_checkpoint.shards import (
     PIECE_BYTES,
@@ -156,7 +156,7 @@ def convert(
             carried = [path for path in carried_files(source) if str(path) not in conversion.extra_files]
             carried_bytes = sum((source / path).stat().st_size for path in carried)
         check_disk(layout, carried_bytes, product)
-        with _made_folders(work), closing(Journal(work, conversion.fingerprint(), restart)) as journal:
+        with made_folders(work), closing(Journal(work, conversion.fingerprint(), restart)) as journal:
             try:
                 if not journal.finished and product.exists():
                     shutil.rmtree(product)
@@ -203,20 +203,6 @@ def _write_small_files(
     tensors = {name: (journal.finished[name], place.file_name) for name, place in layout.places.items()}
     manifest = manifest_of(conversion.checkpoint, conversion.options, tensors, hashes)
     write_synced(product / MANIFEST_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
-
-
-@contextmanager
-def _made_folders(work: Path) -> Iterator[None]:
-    """Make a folder and its parents; after a failure, those of them that hold nothing are removed again."""
-    made = [folder for folder in (work, *work.parents) if not folder.exists()]
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # it holds work that a later run continues, or it never came to be
-                folder.rmdir()
-        raise
 
 
 def check_disk(layout: Layout, carried_bytes: int, product: Path) -> None:

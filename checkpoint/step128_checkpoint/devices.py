@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from step128_checkpoint.errors import ConfigurationError
+from step128_checkpoint.memory import free_host_bytes
 
 
 def find_device(name: str) -> torch.device:
@@ -30,8 +29,7 @@ def find_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; of the host, what the kernel says can be had without swapping."""
+    """Memory that is free on a device; of the host, see :func:`free_host_bytes`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return free_host_bytes()

@@ -66,6 +66,11 @@ def read_dimensions(checkpoint: Checkpoint) -> Dimensions:
         "full_attention": text.count("num_attention_heads"),
         "sliding_attention": text.section("attention_other_setting").count("num_attention_heads"),
     }
+    if "sliding_window" in text.values:
+        text.count("sliding_window")
+    num_experts = text.count("moe_num_experts")
+    if "moe_top_k" in text.values and text.count("moe_top_k") > num_experts:
+        raise text.error("moe_top_k", f"a token cannot have more experts than there are, {num_experts}")
     return Dimensions(
         hidden_size=text.count("hidden_size"),
         intermediate_size=text.count("intermediate_size"),
@@ -76,7 +81,7 @@ def read_dimensions(checkpoint: Checkpoint) -> Dimensions:
         num_kv_heads=text.count("num_attention_groups"),
         heads=tuple(heads[kind] for kind in types[:total]),
         moe_layers=_moe_layers(text, layers),
-        num_experts=text.count("moe_num_experts"),
+        num_experts=num_experts,
         moe_intermediate_size=text.count("moe_intermediate_size"),
         shared_expert_size=text.count("share_expert_dim"),
         vision=_vision(checkpoint, vision),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from step128_checkpoint.byte_progress import byte_progress
+from step128_checkpoint.commands.options import usable_cores
 from step128_checkpoint.files import size_text
 from step128_checkpoint.hub import fetch
 from step128_checkpoint.hub.listing import list_files
@@ -20,10 +20,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command `download`; sets `run` as its function."""
     parser = commands.add_parser(
         "download",
-        help="fetch a checkpoint from the Hugging Face hub: disk checked first, resumable, verified",
         description="Fetch a model repository. The free disk is compared with what is still missing before anything is "
-        "fetched; finished files of an interrupted run are kept; at the end every file's hash is compared with the "
-        "hub's. HF_TOKEN and `hf auth login` are used for gated and private models, HF_ENDPOINT names another hub.",
+        "fetched. The same command continues an interrupted run file by file: finished files are kept, one that was "
+        "under way is fetched from its start. At the end every file's hash is compared with the hub's. HF_TOKEN and "
+        "`hf auth login` are used for gated and private models, HF_ENDPOINT names another hub.",
         epilog="Exit codes: 0 all there and verified, 5 gated, private or not writable, 65 a file differs from the "
         "hub's, 66 no such repository or revision, 69 the hub cannot be reached, 73 OUT cannot be used or the disk is "
         "too small, 78 a setting is wrong or huggingface_hub is missing.",
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         with byte_progress("fetching", listing.size_bytes) as on_progress:
             fetch.fetch(listing, out, on_progress)
         with byte_progress("verifying", listing.size_bytes) as on_progress:
-            fetch.verify_files(listing, out, os.cpu_count() or 1, on_progress)
+            fetch.verify_files(listing, out, usable_cores(), on_progress)
         fetch.note_download(listing, out)
         report |= {"missing_files": 0, "missing_bytes": 0, "fetched_bytes": missing_bytes, "verified": True}
         console.print(f"{escape(str(out))}: all {len(listing.files)} files verified against the hub's hashes")

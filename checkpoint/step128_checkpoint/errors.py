@@ -15,6 +15,12 @@ class InputNotFoundError(CheckpointError):
     exit_code = 66
 
 
+class AlreadyCompleteError(CheckpointError):
+    """There is nothing left to do: an earlier run of the command made the output, which is complete."""
+
+    exit_code = 0
+
+
 class OutputError(CheckpointError):
     """The output cannot be written: it exists, the disk is full, or another run is writing it."""
 

@@ -12,6 +12,7 @@ from step128_checkpoint.dimensions import layer_of
 from step128_checkpoint.errors import CheckpointError
 from step128_checkpoint.expected import structure_problems
 from step128_checkpoint.header import TensorInfo
+from step128_checkpoint.kv_bounds import k_scale_problems
 from step128_checkpoint.kv_scales import KV_SCALE, KvScales, read_kv_scales
 from step128_checkpoint.policy import PACKED_SUFFIX, SCALE_SUFFIX, Policy
 from step128_checkpoint.reader import Checkpoint
@@ -58,7 +59,7 @@ class Inspection:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, policy: Policy) -> Inspection:
-    """Count and check a checkpoint from its headers and its KV scales (the only data that is read).
+    """Count and check a checkpoint from its headers, KV scales and K norms (the only data that is read).
 
     Args:
         checkpoint: open for reading (its files are opened and closed here).
@@ -71,6 +72,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, policy: Policy) -> Inspection:
     details = read_details(checkpoint, problems)
     with checkpoint:
         scales = read_kv_scales(checkpoint, problems)
+        problems += k_scale_problems(checkpoint)
     architectures = checkpoint.config.get("architectures")
     return Inspection(
         folder=checkpoint.folder,

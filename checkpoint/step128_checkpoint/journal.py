@@ -1,8 +1,8 @@
 """The journal of an unfinished output: what made it, and the SHA-256 (and notes) of every finished tensor.
 
 JSON lines: the first holds the fingerprint of the run (input, policy, options), each further one a finished tensor.
-Lines are not synced to disk one by one: a hash that reached the disk before its data did is caught when a resumed run
-reads the data again, so only work is lost, never correctness.
+Lines are synced to disk only where :meth:`Journal.record` is asked to: a hash that reached the disk before its data did
+is caught when a resumed run reads the data again, so only work is lost, never correctness.
 """
 
 from __future__ import annotations
@@ -78,10 +78,17 @@ class Journal:
                 self.path.unlink()
                 raise
 
-    def record(self, tensor_name: str, sha256_hex: str, notes: dict[str, Any] | None = None) -> None:
-        """Note that a tensor's bytes are all written, and what its step wants kept (JSON values)."""
+    def record(
+        self, tensor_name: str, sha256_hex: str, notes: dict[str, Any] | None = None, *, sync: bool = False
+    ) -> None:
+        """Note that a tensor's bytes are all written, and what its step wants kept (JSON values).
+
+        With ``sync`` the note is on disk when this returns: for work too long to do twice after a power cut.
+        """
         self._keep(tensor_name, sha256_hex, notes)
         self._append({"tensor": tensor_name, "sha256": sha256_hex} | ({"notes": notes} if notes else {}))
+        if sync:
+            os.fsync(self._descriptor)
 
     def _keep(self, tensor_name: str, sha256_hex: str, notes: dict[str, Any] | None) -> None:
         self.finished[tensor_name] = sha256_hex
@@ -98,11 +105,16 @@ class Journal:
 
 def is_journal(path: Path) -> bool:
     """Whether a file is the journal of one of our runs, by its first line."""
+    return fingerprint_of(path) is not None
+
+
+def fingerprint_of(path: Path) -> dict[str, Any] | None:
+    """What the run that left a journal was to make; None if the file is no journal of ours."""
     if path.is_symlink() or not path.is_file():
-        return False
+        return None
     with path.open("rb") as stream:
         entry = _parse(stream.readline(1 << 20))
-    return entry is not None and _is_first_entry(entry)
+    return dict(entry["fingerprint"]) if entry is not None and _is_first_entry(entry) else None
 
 
 def _is_first_entry(entry: dict[str, Any]) -> bool:

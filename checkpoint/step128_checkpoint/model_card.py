@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from step128_checkpoint.card_text import MARKER, Evaluation, card_text
@@ -60,7 +61,8 @@ def _replace(path: Path, data: bytes) -> None:
         write_synced(beside, data)
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses this too, and never had the file
+            beside.unlink(missing_ok=True)
         raise disk_error(path.parent, error) from error
 
 
@@ -82,7 +84,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command `model-card`; sets `run` as its function."""
     parser = commands.add_parser(
         "model-card",
-        help="write README.md for a checkpoint: recipe, sizes, hashes, results",
         description="Write README.md for a checkpoint from its manifest, its reports and the result files given. "
         "Nothing is claimed that these do not hold.",
         epilog="Exit codes: 0 written, 65 the checkpoint or a result file is bad, 66 not found, 73 README.md is there "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from step128_checkpoint.byte_progress import byte_progress
-from step128_checkpoint.commands.options import positive
+from step128_checkpoint.commands.options import positive, usable_cores
 from step128_checkpoint.dtypes import BYTES_PER_ELEMENT, FLOAT_DTYPES, all_finite, to_float32
 from step128_checkpoint.errors import CheckpointError, InputNotFoundError
 from step128_checkpoint.files import reading, size_text
@@ -177,14 +176,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command `verify`; sets `run` as its function."""
     parser = commands.add_parser(
         "verify",
-        help="read all of a checkpoint and check it",
         description="Read every byte of a checkpoint once: each tensor must be readable, free of NaN and infinity, "
-        f"shaped as config.json says, and have the SHA-256 that {MANIFEST_NAME} states, if there is one.",
+        f"shaped as config.json says, and have the SHA-256 that {MANIFEST_NAME} states, if there is one. "
+        "K scales must fit the K norms.",
         epilog="Exit codes: 0 nothing is wrong, 65 there are problems, 66 no checkpoint there.",
     )
     parser.add_argument("input", type=Path, metavar="DIR")
     parser.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="threads (default: all cores)"
+        "--jobs", type=positive, default=usable_cores(), metavar="N", help="threads (default: all cores)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -180,3 +180,18 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a checkpoint has it: tokenizer, chat template and config.json, no weights."""
+    from step128_checkpoint.tiny.corpus import dialogue_texts
+    from step128_checkpoint.tiny.tokenizer import special_ids, tokenizer_files, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained = train_tokenizer(dialogue_texts(2000, seed=0))
+    for name, text in tokenizer_files(trained).items():
+        (folder / name).write_text(text)
+    config = {"image_token_id": special_ids(trained).image, "vision_config": {"image_size": 728, "patch_size": 14}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -56,6 +56,7 @@ def test_quantized_checkpoint_answers(
     found = json.loads(captured.out.splitlines()[-1])
     assert FACTS[question] in found["answer"] and 0 < found["tokens"] < 60
     assert "of memory are needed in bfloat16" in captured.err
+    assert "Loading weights" not in captured.err, "bars are for terminals"
     assert main(arguments) == 0
     assert capfd.readouterr().out.strip() == found["answer"].strip(), "streamed as it is generated"
 
@@ -111,3 +112,26 @@ def test_refusals(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
             (folder / path.name).symlink_to(path)
     assert main(["chat", str(folder), "--prompt", "Hi"]) == 65
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON object is needed"),
+        ('{"eos_token_id": "end"}', "eos_token_id is 'end'"),
+        ('{"max_new_tokens": -1}', "refuses it"),
+    ],
+)
+def test_broken_generation_config_is_a_sentence(
+    tiny: Path, tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in tiny.iterdir():
+        if path.name != "generation_config.json":
+            (folder / path.name).symlink_to(path)
+    (folder / "generation_config.json").write_text(text)
+    assert main(["chat", str(folder), "--prompt", "Hi"]) == 65
+    error = capsys.readouterr().err
+    assert f"{folder / 'generation_config.json'}: " in error and message in error and "Traceback" not in error

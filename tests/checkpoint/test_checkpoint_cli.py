@@ -124,6 +124,26 @@ def test_importance_that_is_a_folder(
     assert f"{tmp_path}: not a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("inspect", "interrupted"),
+        ("verify", "interrupted"),
+        ("dequantize", "interrupted; run the same command again and it resumes"),
+        ("download", "interrupted; run the same command again: finished files are kept"),
+    ],
+)
+def test_control_c_promises_only_what_holds(
+    command: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("step128_checkpoint.cli._parser", interrupt)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == f"step128-checkpoint: {sentence}\n"
+
+
 def test_wrong_usage_is_2(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["quantize", "--method", "mse", str(tmp_path), str(tmp_path / "out"), "--jobs", "0"])

@@ -129,3 +129,21 @@ def test_config_that_makes_no_sense(
     (config[section] if section else config)[key] = value
     (source / "config.json").write_text(json.dumps(config))
     both_refuse(source, capsys, "config.json", key if key != "num_nextn_predict_layers" else "layer_types")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"moe_top_k": 5}, "text_config.moe_top_k is 5; a token cannot have more experts than there are, 4"),
+        ({"moe_top_k": "2"}, "text_config.moe_top_k is '2'; a whole number of at least 1 is needed"),
+        ({"sliding_window": None}, "text_config.sliding_window is None; a whole number of at least 1 is needed"),
+        ({"sliding_window": 1.5}, "text_config.sliding_window is 1.5; a whole number of at least 1 is needed"),
+    ],
+)
+def test_numbers_that_no_layer_can_run_with(
+    make_checkpoint: MakeCheckpoint, text: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint(**text)
+    both_refuse(source, capsys, message)
+    assert main(["verify", str(source), "--json"]) == 65
+    assert message in " ".join(json.loads(capsys.readouterr().out)["problems"])

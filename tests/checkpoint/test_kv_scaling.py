@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from step128_checkpoint.calibration.result import open_calibration
 from step128_checkpoint.cli import main
+from step128_checkpoint.errors import CheckpointError
 from step128_checkpoint.kv_scaling import k_bound, kv_scales, overflow_summary
 from step128_checkpoint.manifest import headers_sha256
 from step128_checkpoint.reader import open_checkpoint
@@ -146,3 +148,36 @@ def test_calibration_of_another_checkpoint_and_damage_are_refused(
     assert quantize(source, tmp_path / "out", "--calibration", calibration) == 65
     assert "not as `calibrate` left it" in capsys.readouterr().err
     assert quantize(source, tmp_path / "out", "--calibration", tmp_path / "nowhere") == 66
+
+
+PRUNED = {"keep": 2, "criterion": "reap", "super_experts": [[1, 3]], "kept_experts": {"1": [0, 3], "2": [1, 2]}}
+DAMAGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "no criterion": lambda pruned, held_out: pruned.pop("criterion"),
+    "no keep": lambda pruned, held_out: pruned.pop("keep"),
+    "another keep": lambda pruned, held_out: pruned.update(keep=3),
+    "no kept experts": lambda pruned, held_out: pruned.pop("kept_experts"),
+    "experts by name": lambda pruned, held_out: pruned["kept_experts"].update({"2": ["1", "2"]}),
+    "a super-expert of no layer": lambda pruned, held_out: pruned.update(super_experts=[[3]]),
+    "no values": lambda pruned, held_out: held_out.pop("values"),
+    "values in words": lambda pruned, held_out: held_out.update(values="many"),
+    "no overflows of K": lambda pruned, held_out: held_out.pop("k_over"),
+    "no overflows of V": lambda pruned, held_out: held_out.update(v_over=None),
+    "a headroom missing": lambda pruned, held_out: held_out["k_over"].pop("1.15"),
+}
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
+def test_damaged_parts_are_found_when_a_calibration_is_opened(
+    damage: str | None, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = calibration_of(make_checkpoint(), tmp_path / "cal")
+    document = json.loads((folder / "calibration.json").read_text())
+    document["pruned"] = copy.deepcopy(PRUNED)
+    if damage is None:
+        (folder / "calibration.json").write_text(json.dumps(document))
+        assert open_calibration(folder).kept_experts == {1: (0, 3), 2: (1, 2)}
+        return
+    DAMAGES[damage](document["pruned"], document["kv"]["layers"]["1"]["held_out"])
+    (folder / "calibration.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"calibration\.json: damaged \(.*Calibrate again"):
+        open_calibration(folder)

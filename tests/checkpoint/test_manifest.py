@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from step128_checkpoint import devices, verify
 from step128_checkpoint.cli import main
-from step128_checkpoint.memory import memory_size
+from step128_checkpoint.commands import quantize
+from step128_checkpoint.commands.options import usable_cores
+from step128_checkpoint.devices import free_bytes
+from step128_checkpoint.memory import free_host_bytes, memory_size
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -89,6 +95,49 @@ def test_memory_sizes() -> None:
     for text in ("", "much", "-1", "0", "8 GiBs"):
         with pytest.raises(Exception, match="no amount of memory"):
             memory_size(text)
+
+
+def write(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_free_memory_is_the_containers(tmp_path: Path) -> None:
+    """The smallest of what the host has and what each enclosing cgroup leaves; a cache of files counts as free."""
+    write(tmp_path / "proc", meminfo="MemTotal: 99 kB\nMemAvailable: 9000 kB\nCached: 1 kB")
+    assert free_host_bytes(tmp_path) == 9000 * 1024
+    cgroups = tmp_path / "sys/fs/cgroup"
+    write(tmp_path / "proc/self", cgroup="4:memory:/box\n0::/box/job")
+    write(cgroups / "box/job", memory__max="max", memory__current=5000, memory__stat="active_file 0")
+    assert free_host_bytes(tmp_path) == 9000 * 1024
+    write(cgroups / "box", memory__max=8000, memory__current=5000, memory__stat="active_file 1500\ninactive_file 500")
+    assert free_host_bytes(tmp_path) == 8000 - (5000 - 2000)
+    write(cgroups / "box/job", memory__max=1000)
+    assert free_host_bytes(tmp_path) == 0, "over its limit"
+    shutil.rmtree(cgroups)
+    # cgroup v1; a container sees its own cgroup as the mount's root, and the host's name of it in /proc.
+    v1 = {"memory__usage_in_bytes": 600, "memory__stat": "inactive_file 7\ntotal_inactive_file 100"}
+    write(cgroups / "memory", memory__limit_in_bytes=1000, **v1)
+    assert free_host_bytes(tmp_path) == 1000 - (600 - 100)
+    write(cgroups / "memory/box", memory__limit_in_bytes=(1 << 63) - 4096, **v1)
+    assert free_host_bytes(tmp_path) == 1000 - (600 - 100)
+
+
+def test_free_memory_of_the_cpu_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert free_bytes(torch.device("cpu")) > 0
+    monkeypatch.setattr(devices, "free_host_bytes", lambda: 5)
+    assert free_bytes(torch.device("cpu")) == 5
+
+
+def test_jobs_are_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {2, 5, 7})
+    assert usable_cores() == 3
+    for module in (quantize, verify):
+        commands = argparse.ArgumentParser().add_subparsers()
+        module.add_parser(commands)
+        (parser,) = commands.choices.values()
+        assert parser.get_default("jobs") == 3
 
 
 def test_one_thread_and_many_make_the_same_bytes(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_anothers_card_is_kept(product: Path, capsys: pytest.CaptureFixture[str]
     assert is_generated(product / "README.md")
     card(product)  # its own it replaces without being told to
     assert not list(product.glob(".README*"))
+
+
+def test_read_only_file_system_is_a_sentence(
+    product: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("step128_checkpoint.model_card.write_synced", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert main(["model-card", str(product)]) == 73
+    message = capsys.readouterr().err
+    assert "Read-only file system" in message and "Traceback" not in message
 
 
 def test_pruning_is_described(product: Path) -> None:

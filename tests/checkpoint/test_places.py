@@ -90,6 +90,32 @@ def test_foreign_journal_beside_an_output_is_left_alone(make_checkpoint: Callabl
     assert contents(work) == {"journal.jsonl": b"dear diary\n"}
 
 
+def test_another_folder_beside_a_dead_run_is_not_its_output(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, work, out = make_checkpoint(), tmp_path / "out.partial", tmp_path / "out"
+    work.mkdir()
+    (work / "journal.jsonl").write_text('{"fingerprint": {"command": "quantize", "input": "0"}}\n')
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    assert quantize(source, out) == 73
+    assert contents(out) == {"mine": b"keep"}
+    (out / "calibration.json").write_text("{}")
+    (work / "stages").mkdir()  # a sweep's finished work: whatever lies at OUT now, it is not this run's
+    assert quantize(source, out) == 73
+    assert (work / "journal.jsonl").exists()
+
+
+def test_output_inside_another_checkpoint_is_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, other = make_checkpoint(), make_checkpoint("other")
+    before = contents(other)
+    assert quantize(source, other / "deep" / "nl4") == 73
+    assert f"lies inside the checkpoint {other}" in capsys.readouterr().err
+    assert contents(other) == before
+
+
 @pytest.mark.parametrize(
     ("source_name", "out_name"),
     [("z.partial", "z"), ("y.partial/checkpoint", "y"), ("a", "a/nl4"), ("a", "a"), ("a.partial/deep/er", "a")],

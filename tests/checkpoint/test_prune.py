@@ -90,14 +90,15 @@ def calibrate(folder: Path, checkpoint: Checkpoint, pruned: dict[str, Any] | Non
     save_file(tensors, folder / "saliency.safetensors")
     save_file({"lm_head.weight": np.ones(64, np.float32)}, folder / "importance.safetensors")
     names = ("saliency.safetensors", "importance.safetensors")
-    layers = range(checkpoint.num_hidden_layers)
+    held_out = {"values": 0, "k_over": {}, "v_over": {}}
+    ranges = {"k_absmax": 2.0, "v_absmax": 2.0, "held_out": held_out}
     document = {
         "format": "step128-calibration",
         "format_version": 1,
         "samples": {"sha256": "5a", "mixture": [{"name": "code", "weight": 1.0}]},
         "checkpoint": {"name": "tiny", "headers_sha256": headers_sha256(checkpoint)},
         "pruned": pruned,
-        "kv": {"layers": {str(layer): {"k_absmax": 1.0 + layer, "v_absmax": 2.0} for layer in layers}},
+        "kv": {"layers": {str(layer): ranges for layer in range(checkpoint.num_hidden_layers)}},
         "files": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names},
     }
     (folder / "calibration.json").write_text(json.dumps(document))
@@ -167,10 +168,10 @@ def test_report_and_picture(source: Path, tmp_path: Path, capsys: pytest.Capture
     calibration = calibrate(tmp_path / "cal", open_checkpoint(source))
     assert prune(source, tmp_path / "out", "--calibration", calibration, "--keep", "5", "--json") == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    folder = tmp_path / "out.pruning-report"
-    assert printed["report"] == str(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["pruning.json", "pruning.png"]
-    report = json.loads((folder / "pruning.json").read_text())
+    folder = tmp_path / "out"
+    assert printed["report"] == str(folder / "step128_pruning_report.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "cal", "out"]
+    report = json.loads((folder / "step128_pruning_report.json").read_text())
     layer = report["layers"]["2"]
     assert layer["kept"] == [1, 4, 5, 6, 7]
     assert layer["dropped"] == [0, 2, 3]
@@ -183,7 +184,7 @@ def test_report_and_picture(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert report["super_experts"] == [[2, 5]]
     assert report["mean_of_layers"]["dropped_token_share"] == pytest.approx((80 / 360 + 110 / 360) / 2)
     assert printed["mean_of_layers"] == report["mean_of_layers"]
-    with Image.open(folder / "pruning.png") as picture:
+    with Image.open(folder / "step128_pruning_report.png") as picture:
         assert picture.size[0] == 1800
         pixels = np.asarray(picture.convert("RGB"), dtype=int)
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
@@ -195,8 +196,8 @@ def test_report_and_picture(source: Path, tmp_path: Path, capsys: pytest.Capture
 def test_score_of_another_criterion_is_reported(source: Path, tmp_path: Path) -> None:
     calibration = calibrate(tmp_path / "cal", open_checkpoint(source))
     options = ("--calibration", calibration, "--keep", "5", "--criterion", "frequency", "--super-expert-layers", "0")
-    assert prune(source, tmp_path / "out", *options, "--report", tmp_path / "why") == 0
-    layer = json.loads((tmp_path / "why" / "pruning.json").read_text())["layers"]["1"]
+    assert prune(source, tmp_path / "out", *options) == 0
+    layer = json.loads((tmp_path / "out" / "step128_pruning_report.json").read_text())["layers"]["1"]
     assert layer["score"] == layer["tokens"]
     assert layer["kept"] == [3, 4, 5, 6, 7]
 
@@ -209,11 +210,11 @@ def test_random_needs_no_calibration_and_follows_its_seed(source: Path, tmp_path
     assert all(records)
     assert records[0]["kept_experts"] != records[1]["kept_experts"]
     assert records[0]["kept_experts"]["1"] != records[0]["kept_experts"]["2"]
-    assert [path.name for path in (tmp_path / "a.pruning-report").iterdir()] == ["pruning.json"]
+    assert not list((tmp_path / "a").glob("*.png")), "nothing was measured that could be drawn"
 
 
 def test_choice_of_a_calibration_that_pruned_is_used(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned = {
         "keep": 5,
@@ -231,6 +232,10 @@ def test_choice_of_a_calibration_that_pruned_is_used(
     check_match(open_checkpoint(tmp_path / "out"), open_calibration(calibration))
     with pytest.raises(CheckpointError, match="Prune first"):
         check_match(open_checkpoint(source), open_calibration(calibration))
+    others = open_checkpoint(make_checkpoint("others", moe_num_experts=EXPERTS))
+    other = calibrate(tmp_path / "other-cal", others, pruned)
+    with pytest.raises(CheckpointError, match="was pruned from another checkpoint, whose config or tensors differ"):
+        check_match(open_checkpoint(tmp_path / "out"), open_calibration(other))
     for option, value in (("keep", "6"), ("criterion", "ean"), ("protect", "1:1"), ("super-expert-layers", "0.75")):
         assert prune(source, tmp_path / "other", "--calibration", calibration, f"--{option}", value) == 78
         assert f"Leave --{option} out" in capsys.readouterr().err
@@ -349,19 +354,33 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.glob("out*"))
 
 
-def test_report_never_replaces_something_else(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--criterion", "random", "--keep", "5", "--report")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("")
-    for place, message in (
-        ("mine", "holds thesis.txt"),
-        ("out/report", "lies inside"),
-        ("bf16/report", "lies inside"),
-        ("mine/thesis.txt", "not a folder"),
-    ):
-        assert prune(source, tmp_path / "out", *options, tmp_path / place) == 73
-        assert message in capsys.readouterr().err
+def test_report_belongs_to_its_product_alone(source: Path, tmp_path: Path) -> None:
+    calibration = calibrate(tmp_path / "cal", open_checkpoint(source))
+    assert prune(source, tmp_path / "once", "--calibration", calibration, "--keep", "6") == 0
+    reports = {"step128_pruning_report.json", "step128_pruning_report.png"}
+    assert reports <= contents(tmp_path / "once").keys()
+    assert reports <= json.loads((tmp_path / "once" / "step128_manifest.json").read_text())["files"].keys()
+    assert main(["quantize", "--method", "absmax", str(tmp_path / "once"), str(tmp_path / "nl4")]) == 0
+    assert not reports & contents(tmp_path / "nl4").keys()
+    assert "step128_pruning.json" in contents(tmp_path / "nl4")
+
+
+def test_failed_pruning_leaves_nothing(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    values = np.full((EXPERTS, 64, 32), np.nan, dtype=np.float32)
+    bad = make_checkpoint(
+        replace={"model.layers.1.moe.down_proj.weight": values}, moe_num_experts=EXPERTS, moe_top_k=TOP_K
+    )
+    options = ("--criterion", "random", "--keep", "5")
+    assert prune(bad, tmp_path / "out", *options) == 65
+    assert prune(bad, tmp_path / "out", *options, "--max-memory", "1MiB") == 78
+    assert [path.name for path in tmp_path.iterdir()] == ["bf16"]
+
+
+def test_kv_scales_of_the_unpruned_model_are_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration = calibrate(tmp_path / "cal", open_checkpoint(source))
+    options = ("--calibration", calibration, "--keep", "5", "--kv-scales", "calibrated")
+    assert prune(source, tmp_path / "out", *options) == 78
+    assert "made with `calibrate --prune 5`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    for _ in range(2):  # its own it may replace
-        assert prune(source, tmp_path / "out", *options, tmp_path / "report") == 0
-        (tmp_path / "out").rename(tmp_path / f"out{_}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -22,23 +24,9 @@ from step128_checkpoint.calibration.building.conversations import conversations
 from step128_checkpoint.calibration.building.mixture import Mixture, Part, load_mixture
 from step128_checkpoint.calibration.samples import SampleSet, open_samples
 from step128_checkpoint.errors import CheckpointError, ConfigurationError, InputNotFoundError, OutputError
-from step128_checkpoint.tiny.corpus import dialogue_texts
-from step128_checkpoint.tiny.tokenizer import special_ids, tokenizer_files, train_tokenizer
 
 TOKENS = 512
 KINDS = {"code", "text", "chat", "tools", "long", "images", "multi_image"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a checkpoint has it: tokenizer, chat template and config.json, no weights."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    trained = train_tokenizer(dialogue_texts(2000, seed=0))
-    for name, text in tokenizer_files(trained).items():
-        (folder / name).write_text(text)
-    config = {"image_token_id": special_ids(trained).image, "vision_config": {"image_size": 728, "patch_size": 14}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +234,9 @@ def test_command(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         run(str(tmp_path / "other"))
     with pytest.raises(InputNotFoundError, match=r"no tokenizer\.json"):
         run(str(tmp_path / "other"), "--tokenizer", str(tmp_path))
-    with pytest.raises(SystemExit):
-        run(str(tmp_path / "other"), "--tokenizer", str(tokenizer), "--samples", "0")
+    for option, value in (("--samples", "0"), ("--seed", "-1")):
+        with pytest.raises(SystemExit):
+            run(str(tmp_path / "other"), "--tokenizer", str(tokenizer), option, value)
 
 
 def test_interrupted_build_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
@@ -257,11 +246,24 @@ def test_interrupted_build_leaves_nothing(tokenizer: Path, tmp_path: Path) -> No
         nonlocal count
         count += 1
         if count == 5:
+            assert [path.name for path in (tmp_path / "new").iterdir()] == [f".set.{os.getpid()}.partial"]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_samples(load_mixture(), tokenizer, tmp_path / "set", 64, TOKENS, 0, interrupt)
+        build_samples(load_mixture(), tokenizer, tmp_path / "new" / "set", 64, TOKENS, 0, interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tokenizer: Path, tmp_path: Path) -> None:
+    """Of this output, and of processes that are gone (this one's number a restarted container may have had before)."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f".set.{gone.pid}.partial", f".set.{os.getpid()}.partial"]
+    others = [f".set.{os.getppid()}.partial", f".sett.{gone.pid}.partial", ".set.mine.partial"]
+    for name in left + others:
+        (tmp_path / name / "images").mkdir(parents=True)
+    build_samples(CHAT, tokenizer, tmp_path / "set", samples=2, tokens_per_sample=TOKENS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "set"])
 
 
 CHAT = Mixture("chat", (Part("c", "chat", "builtin:conversations", 1),))
@@ -271,13 +273,13 @@ PICTURES = Mixture("pictures", (Part("p", "images", "builtin:pictures", 1),))
 
 def test_templates_that_cannot(tokenizer: Path, tmp_path: Path) -> None:
     """No template, one without tools, one without pictures, no config: each is said, and nothing is written."""
-    folder, out = tmp_path / "tokenizer", tmp_path / "set"
+    folder, out = tmp_path / "tokenizer", tmp_path / "new" / "set"
     shutil.copytree(tokenizer, folder)
 
     def refused(mixture: Mixture, message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
             build_samples(mixture, folder, out, samples=4, tokens_per_sample=TOKENS)
-        assert not out.exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
     template = folder / "chat_template.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")

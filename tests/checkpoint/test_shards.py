@@ -77,7 +77,10 @@ def test_killed_at_random_points_gives_identical_bytes(make_checkpoint: Callable
 
 
 def test_killed_around_the_rename(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Killed(BaseException):
         pass
@@ -93,8 +96,14 @@ def test_killed_around_the_rename(
                 quantize(source, out)
     assert quantize(source, tmp_path / "whole") == 0
     assert contents(out) == contents(tmp_path / "whole")
-    assert quantize(source, out) == 73
+    capsys.readouterr()
+    assert quantize(source, out, "--json") == 0, "only the clean-up was missing"
+    captured = capsys.readouterr()
+    assert f"{out} is complete: the earlier `quantize`" in captured.err
+    assert json.loads(captured.out)["exit_code"] == 0 and "error" not in json.loads(captured.out)
+    assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+    assert quantize(source, out) == 73, "a second time it is an output that exists"
 
 
 @pytest.mark.parametrize("damage", ["data", "hash", "line"])

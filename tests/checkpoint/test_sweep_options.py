@@ -192,3 +192,32 @@ def test_the_command_line(tiny: Path, samples: Path, tmp_path: Path, capsys: pyt
     assert main(command) == 73
     assert "exists already" in json.loads(capsys.readouterr().out)["error"]
     assert main([*command[:3], "--samples-from", str(tmp_path), "--json"]) == 66
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--prune", "11", "--criterion", "random", "--seed", "-1"])
+    assert "--seed: must not be negative" in capsys.readouterr().err
+
+
+def test_a_quantized_checkpoint_is_not_pruned(options: CalibrationOptions, quantized: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigurationError, match="is quantized: `prune` and `quantize` start from the plain"):
+        calibrate(replace(options, checkpoint=quantized(), keep=KEEP))
+    assert not options.out.with_name("cal.partial").exists()
+
+
+def test_the_pilot_sees_every_part_of_the_mixture(small: Callable[..., CalibrationOptions]) -> None:
+    options = small()
+    write_samples(options.samples, [np.arange(9 + n % 3) for n in range(60)], held_out=[0, 31], vocabulary=96)
+    path = options.samples / "samples.json"
+    document = json.loads(path.read_text())
+    document["mixture"] = [dict(document["mixture"][0], name=name) for name in ("text", "code", "chat")]
+    for number, sample in enumerate(document["samples"]):
+        sample["part"] = {31: 1, 32: 1, 33: 1, 57: 2}.get(number, 0)
+    path.write_text(json.dumps(document))
+
+    def pilot(wanted: int) -> set[int]:
+        plan = make_plan(replace(options, keep=3, pilot_samples=wanted))
+        return {number for batch in plan.pilot_batches for number in batch.numbers}
+
+    assert (pilot(1), pilot(3)) == ({1}, {1, 32, 57})
+    assert pilot(4) == {1, 2, 32, 57}
+    assert pilot(5) == {1, 2, 32, 57, 59}, "the rest is spread over the set"
+    assert pilot(1000) == set(range(60)) - {0, 31}

@@ -22,7 +22,7 @@ from step128_checkpoint.calibration.plan import make_plan
 from step128_checkpoint.calibration.result import open_calibration
 from step128_checkpoint.calibration.states import StateWriter
 from step128_checkpoint.calibration.sweep import CalibrationSummary, calibrate
-from step128_checkpoint.errors import ConfigurationError, OutputError
+from step128_checkpoint.errors import AlreadyCompleteError, ConfigurationError, OutputError
 
 KEEP = 11
 
@@ -126,6 +126,32 @@ def interrupt(options: CalibrationOptions, stage: str) -> Path:
     return options.out.with_name("cal.partial")
 
 
+def test_a_finished_stage_is_on_disk_before_the_next_begins(
+    options: CalibrationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut takes away what is not synced: of a stage, neither its files' data, nor their names, nor its note."""
+    work, fsync = options.out.with_name("cal.partial"), os.fsync
+    synced: list[str] = []
+
+    def watch(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(str(path.relative_to(work.parent)))
+        if path.name == "journal.jsonl" and len(stages := path.read_text().splitlines()) > 2:
+            assert json.loads(stages[-1])["tensor"] == f"layer {len(stages) - 3}"
+            files = ["stages/layer-{}.safetensors.unfinished", "stages", f"states-{(len(stages) - 2) % 2}", "."]
+            files += ["checkpoint", "checkpoint/hessians", "checkpoint/hessians/layer-{:05d}.safetensors.unfinished"]
+            expected = {str(Path("cal.partial", name.format(len(stages) - 3))) for name in files}
+            assert expected <= set(synced)
+            synced.clear()
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", watch)
+    interrupt(replace(options, hessians=True), "layer 2")
+    lines = (work / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tensor"] for line in lines[1:]] == ["embeddings", "layer 0", "layer 1"]
+    assert not synced, "every note is synced, and last"
+
+
 @pytest.mark.parametrize("damaged", ["states-1", "stages/layer-1.safetensors"])
 def test_what_was_damaged_meanwhile_is_noticed(options: CalibrationOptions, damaged: str) -> None:
     work = interrupt(options, "layer 3")  # states-1 has what layer 2 wrote
@@ -160,6 +186,22 @@ def test_killed_before_the_rename_only_the_rename_is_left(
     ]
     summary = calibrate(options)
     assert summary.verified_stages == summary.stages and summary.tokens == 0
+    assert open_calibration(options.out).document["pruned"] is None
+
+
+def test_killed_after_the_rename_nothing_is_left_to_do(
+    options: CalibrationOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("step128_checkpoint.calibration.sweep.remove_work", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(options)
+    with pytest.raises(AlreadyCompleteError, match="cal is complete: the earlier `calibrate`"):
+        calibrate(options)
+    assert not options.out.with_name("cal.partial").exists()
     assert open_calibration(options.out).document["pruned"] is None
 
 

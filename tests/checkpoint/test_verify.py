@@ -88,6 +88,24 @@ def test_every_changed_tensor_and_file_is_named(product: Path, capsys: pytest.Ca
     assert "tokenizer.json: other bytes" in text and "chat_template.jinja: missing" in text
 
 
+@pytest.mark.parametrize(("scale", "fits"), [(0.6, True), (1.0, False)])
+def test_kept_k_scale_must_fit_the_norm(
+    make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], scale: float, fits: bool
+) -> None:
+    """With w = 0.25 and heads of 16, K is at most 5: the limit is 64 * 5 / 448 = 0.714."""
+    weight = {"model.layers.1.self_attn.k_norm.weight": np.full(16, 0.25, dtype=np.float32)}
+    folder = make_checkpoint(replace=weight)
+    name = "model.layers.1.self_attn.k_proj.k_scale"
+    for offset, byte in enumerate(np.asarray([scale], dtype="<f4").tobytes()):
+        change_byte(folder, name, offset, byte)
+    code, found = verify(folder, capsys)
+    assert code == (0 if fits else 65)
+    assert main(["inspect", str(folder)]) == code
+    if not fits:
+        (problem,) = found["problems"]
+        assert f"tensor {name} stores K up to 448" in problem and "no more than 5" in problem
+
+
 @pytest.mark.parametrize(
     ("name", "bytes_at"),
     [

@@ -24,7 +24,7 @@ from step128_checkpoint.calibration.options import (
 from step128_checkpoint.calibration.plan import Plan, make_plan
 from step128_checkpoint.calibration.result_writer import device_name
 from step128_checkpoint.calibration.sweep import calibrate
-from step128_checkpoint.commands.options import add_command, positive
+from step128_checkpoint.commands.options import add_command, non_negative, positive
 from step128_checkpoint.files import size_text
 from step128_checkpoint.memory import memory_size
 from step128_checkpoint.places import check_places, work_folder
@@ -33,7 +33,8 @@ from step128_checkpoint.pruning.criteria import Criterion
 _DESCRIPTION = """Run samples through a checkpoint, one layer in memory at a time, and measure on the way which experts
 matter (REAP), which input channels matter (for quantize), and how large K and V get (for FP8 KV scales). With --prune
 each layer is pruned before its inputs and its K and V are measured, so that they are the pruned model's. Resumes when
-the same command is run again."""
+the same command is run again. Of an NL4 checkpoint it measures the quantized model: its ranges of K and V, to read in
+CAL/calibration.json. prune and quantize start from the plain checkpoint and need the calibration of that."""
 
 
 def add_parser(commands: Any) -> None:
@@ -44,11 +45,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("output", type=Path, metavar="CAL", help="calibration folder to make")
     parser.add_argument("--samples-from", type=Path, required=True, metavar="SAMPLES", help="folder made by `samples`")
     pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--prune", type=positive, metavar="KEEP", help="experts to keep in each layer (default: all)")
+    pruning.add_argument(
+        "--prune", type=positive, metavar="KEEP", help="experts to keep in each layer (default: all); not with NL4"
+    )
     pruning.add_argument(
         "--criterion", choices=get_args(Criterion), default="reap", help="how experts rank (default: %(default)s)"
     )
-    pruning.add_argument("--seed", type=int, default=0, help="of the criterion random (default: %(default)s)")
+    pruning.add_argument("--seed", type=non_negative, default=0, help="of the criterion random (default: %(default)s)")
     pruning.add_argument(
         "--pilot-samples",
         type=positive,

@@ -6,7 +6,6 @@ decoder part has a trunk layer's names. What an MTP layer has besides is in :mod
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7DecoderLayer, Step3p7RotaryEmbedding
 
 from step128_checkpoint.calibration.weights import copy_rows, load_weight, weight_shape
-from step128_checkpoint.errors import CheckpointError, ConfigurationError
+from step128_checkpoint.errors import CheckpointError
 from step128_checkpoint.reader import Checkpoint
 
 __all__ = ["keep_in_place", "load_layer", "load_weight", "run_layer", "text_config"]
@@ -33,7 +32,6 @@ _RENAMED = {
 }
 _BIAS = "e_score_correction_bias"
 _GATE_UP, _ROUTER_BIAS = "mlp.experts.gate_up_proj", f"mlp.gate.{_BIAS}"
-_BY_EXPERT = (_GATE_UP, "mlp.experts.down_proj", "mlp.gate.weight", _ROUTER_BIAS)
 
 
 def text_config(checkpoint: Checkpoint) -> Step3p7TextConfig:
@@ -65,7 +63,6 @@ def load_layer(
     number: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    kept: Sequence[int] | None = None,
 ) -> Step3p7DecoderLayer:
     """Read one layer; the checkpoint's files are open.
 
@@ -78,22 +75,15 @@ def load_layer(
         number: of the trunk or, numbered after it, an MTP layer.
         dtype: of the weights and the computation.
         device: where the layer will run.
-        kept: the only experts (and router rows) to load, ascending; for MoE layers.
 
     Raises:
         CheckpointError: a weight is missing or of a shape that config.json does not make.
-        ConfigurationError: fewer experts are kept than a token needs.
     """
-    if kept is not None:
-        if len(kept) < config.num_experts_per_tok:
-            raise ConfigurationError(f"{len(kept)} experts cannot be kept: a token needs {config.num_experts_per_tok}")
-        config = copy.deepcopy(config)
-        config.n_routed_experts = len(kept)
     with torch.device("meta"):
         layer = Step3p7DecoderLayer(config, number)
     layer.load_state_dict(
         {
-            name: _load(checkpoint, f"model.layers.{number}.", name, meta, dtype, device, kept)
+            name: _load(checkpoint, f"model.layers.{number}.", name, meta, dtype, device)
             for name, meta in layer.state_dict().items()
         },
         assign=True,
@@ -103,7 +93,7 @@ def load_layer(
 
 
 def keep_in_place(layer: Step3p7DecoderLayer, kept: Sequence[int]) -> None:
-    """Drop a MoE layer's other experts, as if it had been loaded with ``kept`` (ascending), in the same memory."""
+    """Drop a MoE layer's experts but ``kept`` (ascending), with their router rows and bias, in the same memory."""
     owners = {layer.mlp.experts: ("gate_up_proj", "down_proj"), layer.mlp.gate: ("weight", _BIAS)}
     for module, names in owners.items():
         for name in names:
@@ -149,42 +139,30 @@ def run_layer(layer: Step3p7DecoderLayer, number: int, hidden: Tensor, cache: An
 
 
 def _load(
-    checkpoint: Checkpoint,
-    prefix: str,
-    name: str,
-    meta: Tensor,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    kept: Sequence[int] | None,
+    checkpoint: Checkpoint, prefix: str, name: str, meta: Tensor, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
     """One parameter or buffer of the module, by the module's name for it; ``meta`` has its shape."""
     sources = [prefix + _RENAMED.get(name, name)]
     if name == _GATE_UP:
         sources = [f"{prefix}moe.{part}_proj.weight" for part in ("gate", "up")]
-    experts = list(kept) if kept is not None and name in _BY_EXPERT else None
     needed = list(meta.shape)
     if name == _GATE_UP:
         needed[1] //= 2
     for source in sources:
-        _check_shape(checkpoint, source, needed, experts)
+        _check_shape(checkpoint, source, needed)
     if name == _ROUTER_BIAS:
-        bias = load_weight(checkpoint, sources[0], torch.float32, device)
-        return bias if experts is None else bias[experts]
+        return load_weight(checkpoint, sources[0], torch.float32, device)
     target = torch.empty(meta.shape, dtype=dtype, device=device)
-    if experts is None and len(sources) == 1:
+    if len(sources) == 1:
         copy_rows(checkpoint, sources[0], target)
         return target
-    for row, expert in enumerate(range(meta.shape[0]) if experts is None else experts):
-        for source, part in zip(sources, target[row].chunk(len(sources)), strict=True):
+    for expert in range(meta.shape[0]):
+        for source, part in zip(sources, target[expert].chunk(len(sources)), strict=True):
             copy_rows(checkpoint, source, part, expert * part.shape[:-1].numel())
     return target
 
 
-def _check_shape(checkpoint: Checkpoint, source: str, needed: list[int], experts: list[int] | None) -> None:
+def _check_shape(checkpoint: Checkpoint, source: str, needed: list[int]) -> None:
     shape = list(weight_shape(checkpoint, source))
-    if experts is not None:
-        if max(experts) >= shape[0]:
-            raise ConfigurationError(f"{source}: expert {max(experts)} is to be kept, there are {shape[0]}")
-        needed = [shape[0], *needed[1:]]
     if shape != needed:
         raise CheckpointError(f"{checkpoint.folder}: weight {source} has shape {shape}; config.json makes it {needed}")

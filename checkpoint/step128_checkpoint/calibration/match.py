@@ -34,8 +34,13 @@ def check_match(checkpoint: Checkpoint, calibration: Calibration) -> None:
                 f"{checkpoint.folder}. Run `calibrate` on this one."
             )
         return
-    pruning = pruning_of(checkpoint)
-    found = {int(layer): tuple(experts) for layer, experts in (pruning or {}).get("kept_experts", {}).items()}
+    pruning = pruning_of(checkpoint) or {}
+    found = {int(layer): tuple(experts) for layer, experts in pruning.get("kept_experts", {}).items()}
+    if found == kept and pruning.get("headers_sha256") != calibration.document["checkpoint"]["headers_sha256"]:
+        raise CheckpointError(
+            f"{calibration.folder}: made of {name!r} while pruning it, and {checkpoint.folder} was pruned from another "
+            "checkpoint, whose config or tensors differ. Calibrate and prune that one, or prune this one's."
+        )
     if found != kept:
         raise CheckpointError(
             f"{calibration.folder}: made of {name!r} while pruning it, and {checkpoint.folder} does not have the "

@@ -21,6 +21,7 @@ from step128_checkpoint.devices import find_device
 from step128_checkpoint.dimensions import Dimensions, layer_of, read_dimensions
 from step128_checkpoint.errors import CheckpointError, ConfigurationError
 from step128_checkpoint.expected import structure_problems
+from step128_checkpoint.policy import PACKED_SUFFIX
 from step128_checkpoint.reader import Checkpoint, open_checkpoint
 
 StageKind = Literal["embeddings", "layer", "last"]
@@ -95,7 +96,8 @@ def make_plan(options: CalibrationOptions) -> Plan:
     Raises:
         InputNotFoundError: one of them is missing.
         CheckpointError: one of them is bad, or the samples are of another tokenizer.
-        ConfigurationError: a number of experts that cannot be kept, or a device that is not there.
+        ConfigurationError: a number of experts that cannot be kept, a quantized checkpoint that is to be pruned, or a
+            device that is not there.
     """
     checkpoint = open_checkpoint(options.checkpoint)
     if problems := structure_problems(checkpoint):
@@ -104,15 +106,14 @@ def make_plan(options: CalibrationOptions) -> Plan:
     dimensions, config = read_dimensions(checkpoint), text_config(checkpoint)
     samples = open_samples(options.samples)
     _check_samples(samples, checkpoint, dimensions.vocab_size)
-    _check_keep(options, dimensions, config.num_experts_per_tok)
+    _check_keep(options, checkpoint, dimensions, config.num_experts_per_tok)
     numbers = np.arange(len(samples))
     counted, held_out = numbers[~samples.held_out].tolist(), numbers[samples.held_out].tolist()
     lengths = samples.lengths.tolist()
     batches = plan_batches(lengths, counted, False, options.batch_tokens)
     batches += plan_batches(lengths, held_out, True, options.batch_tokens, sum(batch.tokens for batch in batches))
-    spread = np.linspace(0, len(counted) - 1, min(options.pilot_samples, len(counted))).round()
-    pilot = [counted[int(place)] for place in spread]  # of every part of the mixture, which follow each other
-    pilot_batches = plan_batches(lengths, pilot, False, options.batch_tokens) if options.keep is not None else []
+    pilot = _pilot(samples, counted, options.pilot_samples) if options.keep is not None else []
+    pilot_batches = plan_batches(lengths, pilot, False, options.batch_tokens)
     layers = {layer_of(name) for name in checkpoint.tensors}
     mtp_layers = tuple(
         number
@@ -151,9 +152,27 @@ def _check_samples(samples: SampleSet, checkpoint: Checkpoint, vocab_size: int) 
         )
 
 
-def _check_keep(options: CalibrationOptions, dimensions: Dimensions, experts_per_token: int) -> None:
+def _pilot(samples: SampleSet, counted: Sequence[int], wanted: int) -> list[int]:
+    """The first sample of every part of the mixture, as far as ``wanted`` goes, and others evenly from the rest."""
+    first: dict[str, int] = {}
+    for number in counted:
+        first.setdefault(samples.domain(number), number)
+    chosen = list(first.values())[:wanted]
+    others = sorted(set(counted) - set(chosen))
+    places = np.linspace(0, len(others) - 1, min(wanted - len(chosen), len(others))).round()
+    return sorted([*chosen, *(others[int(place)] for place in places)])
+
+
+def _check_keep(
+    options: CalibrationOptions, checkpoint: Checkpoint, dimensions: Dimensions, experts_per_token: int
+) -> None:
     if options.keep is None:
         return
+    if any(name.endswith(PACKED_SUFFIX) for name in checkpoint.tensors):
+        raise ConfigurationError(
+            f"{checkpoint.folder} is quantized: `prune` and `quantize` start from the plain checkpoint. Calibrate that "
+            "one, or leave out --prune."
+        )
     if not dimensions.moe_layers:
         raise ConfigurationError(f"{options.checkpoint}: no layer has experts to prune. Leave out --prune.")
     if not experts_per_token <= options.keep <= dimensions.num_experts:

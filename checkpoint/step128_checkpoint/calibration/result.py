@@ -127,7 +127,9 @@ def open_calibration(folder: Path) -> Calibration:
         raise CheckpointError(f"{path}: not a calibration of format {FORMAT} version {FORMAT_VERSION}")
     calibration = Calibration(folder, document)
     try:
-        _ = calibration.kv_ranges, calibration.kept_experts, document["checkpoint"]["headers_sha256"]
+        _ = calibration.kv_ranges, document["checkpoint"]["headers_sha256"], document["checkpoint"]["name"]
+        _check_pruned(calibration)
+        _check_held_out(document["kv"]["layers"])
         sha256: dict[str, str] = document["files"]
         damaged = [name for name in (IMPORTANCE_NAME, SALIENCY_NAME) if file_sha256(folder / name) != sha256[name]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -135,6 +137,34 @@ def open_calibration(folder: Path) -> Calibration:
     if damaged:
         raise CheckpointError(f"{folder / damaged[0]}: not as `calibrate` left it. Calibrate again.")
     return calibration
+
+
+def _check_pruned(calibration: Calibration) -> None:
+    """Raise a KeyError, TypeError or ValueError where what a sweep decided is incomplete or contradicts itself."""
+    kept = calibration.kept_experts
+    if kept is None:
+        return
+    pruned = calibration.document["pruned"]
+    if not isinstance(pruned["criterion"], str):
+        raise TypeError("pruned.criterion must be a name")
+    if type(pruned["keep"]) is not int or any(len(experts) != pruned["keep"] for experts in kept.values()):
+        raise ValueError("pruned.keep is not the number of experts that each layer kept")
+    if any(len(pair) != 2 for pair in pruned["super_experts"]):
+        raise ValueError("pruned.super_experts must be pairs of layer and expert")
+    if any(type(expert) is not int for pair in (*kept.values(), *pruned["super_experts"]) for expert in pair):
+        raise TypeError("experts must be numbers")
+
+
+def _check_held_out(layers: dict[str, Any]) -> None:
+    """The same for the overflows counted on held-out samples, in every layer at the same headrooms."""
+    headrooms = set()
+    for row in layers.values():
+        found, over = row["held_out"], (row["held_out"]["k_over"], row["held_out"]["v_over"])
+        if any(type(count) is not int for count in (found["values"], *over[0].values(), *over[1].values())):
+            raise TypeError("held_out must hold counts")
+        headrooms.add(tuple(map(tuple, over)))
+    if len(headrooms) > 1:
+        raise ValueError("held_out differs in its headrooms from layer to layer")
 
 
 def file_sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ from step128_checkpoint.calibration.result import (
     SALIENCY_NAME,
 )
 from step128_checkpoint.calibration.states import file_sha256
+from step128_checkpoint.files import sync_folder
 from step128_checkpoint.layout import OutputTensor, plan_layout
 from step128_checkpoint.manifest import headers_sha256
 from step128_checkpoint.pruning.super_experts import find_super_experts
@@ -37,7 +38,10 @@ _SALIENCY = re.compile(r"layers\.[0-9]+\.[a-z_]+")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file of CPU tensors (F32, F64, I64), whole or not at all; returns its SHA-256, in hex."""
+    """Write a safetensors file of CPU tensors (F32, F64, I64), whole or not at all; returns its SHA-256, in hex.
+
+    Data and name are on disk when this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = plan_layout(
         [
@@ -54,6 +58,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.rename(path)
+    sync_folder(path.parent)
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ from step128_checkpoint.calibration.stages import (
 )
 from step128_checkpoint.calibration.states import file_sha256
 from step128_checkpoint.errors import ConfigurationError
-from step128_checkpoint.files import read_json_object
+from step128_checkpoint.files import read_json_object, sync_folder
 from step128_checkpoint.journal import Journal
 from step128_checkpoint.places import check_places, remove_work, work_folder
 from step128_checkpoint.pruning.criteria import keep_experts
@@ -68,8 +68,8 @@ def calibrate(options: CalibrationOptions, on_progress: OnProgress | None = None
     plan = make_plan(options)
     needs = needs_of(plan)
     try:
-        check_places(options.samples, options.out)
         out = check_places(options.checkpoint, options.out)
+        check_places(options.samples, out)
         work = work_folder(out)
         check_memory(plan, needs)
         check_disk(plan, needs, work)
@@ -107,12 +107,12 @@ class _Sweep:
             for states in self._work.glob("states-*"):
                 states.unlink()
             sha256 = self._write_results()
-            _sync(self._product)
-            self._journal.record(CALIBRATION_NAME, sha256)
+            sync_folder(self._product)
+            self._journal.record(CALIBRATION_NAME, sha256, sync=True)
         pruned = read_json_object(self._product / CALIBRATION_NAME)["pruned"]
         shutil.rmtree(self._stages_folder, ignore_errors=True)
         os.rename(self._product, out)  # noqa: PTH104  replaces an empty folder, which Path.rename documents differently
-        _sync(out.parent)
+        sync_folder(out.parent)
         remove_work(self._work)
         return CalibrationSummary(
             len(stages),
@@ -177,7 +177,11 @@ class _Sweep:
             folder = self._product / HESSIANS_FOLDER
             notes["hessians"] = {name: save_tensors(folder / name, found) for name, found in measured.hessians.items()}
         sha256 = save_tensors(self._file(stage), measured.tensors)
-        self._journal.record(stage.name, sha256, notes | {"seconds": time.monotonic() - started})
+        # The next stage overwrites what this one has read, so a power cut must not take this one away again.
+        for folder in (self._product, self._work, self._work.parent):
+            if folder.exists():
+                sync_folder(folder)
+        self._journal.record(stage.name, sha256, notes | {"seconds": time.monotonic() - started}, sync=True)
         if self._plan.device.type == "cuda":
             torch.cuda.empty_cache()  # layers differ in their tensors' sizes: leftovers of one would not serve the next
 
@@ -222,11 +226,3 @@ class _Sweep:
 
     def _states(self, stage: Stage) -> Path:
         return self._work / f"states-{stage.index % 2}"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

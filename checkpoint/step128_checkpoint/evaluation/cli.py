@@ -42,7 +42,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Register the command `perplexity`; sets `run` as its function."""
     parser = commands.add_parser(
         "perplexity",
-        help="perplexity of a checkpoint, and KL to another one, with one layer in memory",
         description="Perplexity of a checkpoint, plain or NL4, computed layer by layer: needs memory for one layer and "
         "the hidden states, whatever the model's size. With --reference also the mean KL divergence from it and how "
         "often both find the same next token likeliest.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 
 from step128_checkpoint.calibration.result import Calibration, open_calibration
 from step128_checkpoint.commands.converting import check_output, finish, run_conversion
-from step128_checkpoint.commands.options import add_conversion, add_kv_scales, positive
+from step128_checkpoint.commands.options import add_conversion, add_kv_scales, non_negative, positive
 from step128_checkpoint.dimensions import read_dimensions
 from step128_checkpoint.errors import ConfigurationError
 from step128_checkpoint.kv_scaling import plan_kv_scales
@@ -20,7 +21,7 @@ from step128_checkpoint.policy import load_policy
 from step128_checkpoint.pruning.criteria import CRITERIA
 from step128_checkpoint.pruning.decide import Pruning, decide, decided_by
 from step128_checkpoint.pruning.prune import plan_pruning
-from step128_checkpoint.pruning.report import check_report_folder, pruning_report, write_report
+from step128_checkpoint.pruning.report import REPORT_NAME, pruning_report, report_files
 from step128_checkpoint.reader import Checkpoint, open_checkpoint
 
 
@@ -35,7 +36,7 @@ def add_parser(commands: Any) -> None:
         help="reap (default): mean of router weight times output norm; ean: sum of output norms; frequency: tokens "
         "routed; random: for comparison, needs no calibration",
     )
-    parser.add_argument("--seed", type=_seed, metavar="N", help="of criterion random (default: 0)")
+    parser.add_argument("--seed", type=non_negative, metavar="N", help="of criterion random (default: 0)")
     parser.add_argument(
         "--protect", type=_expert, action="append", metavar="LAYER:EXPERT", help="keep this one too (may be repeated)"
     )
@@ -45,23 +46,24 @@ def add_parser(commands: Any) -> None:
         metavar="SHARE",
         help="keep the super-experts found in this first share of the layers (default: 1, all of them; 0: none)",
     )
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="where pruning.json and pruning.png go (default: OUT.pruning-report)"
-    )
     add_kv_scales(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(arguments.input)
     check_output(arguments.input, arguments.output)
-    folder = arguments.report or arguments.output.with_name(f"{arguments.output.name}.pruning-report")
-    check_report_folder(folder, checkpoint.folder, arguments.output)
     require_plain(checkpoint)
     calibration = open_calibration(arguments.calibration) if arguments.calibration else None
     pruning = _pruning(arguments, checkpoint, calibration)
+    after_pruning = calibration if calibration and calibration.kept_experts is not None else None
+    if calibration and not after_pruning and arguments.kv_scales == "calibrated":
+        raise ConfigurationError(
+            f"{calibration.folder} measured K and V of the unpruned model. --kv-scales calibrated needs a calibration "
+            f"made with `calibrate --prune {pruning.keep}`."
+        )
     kv_plan = plan_kv_scales(
         checkpoint,
-        calibration if calibration and calibration.kept_experts is not None else None,  # else of the unpruned model
+        after_pruning,
         arguments.kv_scales,
         arguments.k_headroom,
         arguments.v_headroom,
@@ -69,20 +71,15 @@ def _run(arguments: argparse.Namespace) -> int:
     conversion = plan_pruning(checkpoint, pruning, arguments.max_shard_bytes, kv_plan)
     name, experts = checkpoint.folder.resolve().name, read_dimensions(checkpoint).num_experts
     report = pruning_report(name, pruning, experts)
-    if not arguments.dry_run:
-        picture = None
-        if pruning.saliency:
-            # Imported only when there is something to draw: it needs matplotlib.
-            from step128_checkpoint.pruning.picture import draw
-
-            picture = draw(name, pruning, experts)
-        write_report(folder, report, picture)  # before the checkpoint: a kill cannot leave that without its report
+    if not arguments.dry_run:  # in the product's own folder: neither is ever there without the other
+        files = report_files(name, pruning, experts)
+        conversion = replace(conversion, extra_files={**conversion.extra_files, **files})
     document, summary = run_conversion(arguments, conversion, load_policy())
     document |= {key: report[key] for key in ("experts", "super_experts", "warnings", "mean_of_layers")}
     lines = [_sentence(pruning, report), *(f"[yellow]warning:[/yellow] {escape(text)}" for text in pruning.warnings)]
     if summary is not None:
-        document["report"] = str(folder)
-        lines.append(f"Report: {escape(str(folder))}")
+        document["report"] = str(arguments.output / REPORT_NAME)
+        lines.append(f"Report: {escape(document['report'])}")
     return finish(arguments, document, *lines)
 
 
@@ -132,13 +129,6 @@ def _sentence(pruning: Pruning, report: dict[str, Any]) -> str:
         named = ", ".join(f"{layer}:{expert}" for layer, expert in sorted(pruning.super_experts))
         text += f". Super-experts kept (layer:expert): {named}"
     return text
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
 
 
 def _share(text: str) -> float:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from step128_checkpoint.errors import OutputError
-from step128_checkpoint.places import work_folder
 from step128_checkpoint.pruning.criteria import scores
 from step128_checkpoint.pruning.decide import Pruning
-from step128_checkpoint.shards import disk_error, write_synced
 
-JSON_NAME, PICTURE_NAME = "pruning.json", "pruning.png"
+# No later conversion carries these on: they are about the step from the input to this product alone.
+REPORT_NAME, PICTURE_NAME = "step128_pruning_report.json", "step128_pruning_report.png"
 FORMAT, FORMAT_VERSION = "step128-pruning-report", 1
 _SHARES = ("dropped_token_share", "dropped_saliency_share")
 
@@ -69,46 +66,15 @@ def mean_shares(pruning: Pruning, experts: int) -> tuple[float, float]:
     return float(tokens), float(saliency)
 
 
-def check_report_folder(folder: Path, source: Path, out: Path) -> None:
-    """Refuse, before the long work, a folder that holds something else than a report, or lies where it must not.
+def report_files(name: str, pruning: Pruning, experts: int) -> dict[str, bytes]:
+    """The report and, if a calibration measured the experts, its picture, by file name. Arguments as above."""
+    files = {REPORT_NAME: json.dumps(pruning_report(name, pruning, experts), indent=1).encode() + b"\n"}
+    if pruning.saliency:
+        # Imported only when there is something to draw: it needs matplotlib.
+        from step128_checkpoint.pruning.picture import draw
 
-    Raises:
-        OutputError: it does, it is no folder, or it lies in the input or the output, which are to hold nothing else.
-    """
-    for place in (source, out, work_folder(out)):
-        if folder.resolve().is_relative_to(place.resolve()):
-            raise OutputError(f"{folder} lies inside {place}. Choose another place for the report: --report DIR")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is not a folder. Choose another place for the report: --report DIR")
-    ours = {JSON_NAME, PICTURE_NAME, *(_temporary(folder / name).name for name in (JSON_NAME, PICTURE_NAME))}
-    if strange := sorted(path.name for path in folder.iterdir() if path.name not in ours):
-        raise OutputError(
-            f"{folder} holds {strange[0]}, which is no part of a report. Choose another folder: --report DIR"
-        )
-
-
-def write_report(folder: Path, report: dict[str, Any], picture: bytes | None) -> None:
-    """Write both files, each whole or not at all; a report that is there already is replaced.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    files = {JSON_NAME: json.dumps(report, indent=1).encode() + b"\n"}
-    if picture is not None:
-        files[PICTURE_NAME] = picture
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_synced(_temporary(folder / name), data)
-            _temporary(folder / name).replace(folder / name)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
+        files[PICTURE_NAME] = draw(name, pruning, experts)
+    return files
 
 
 def _layer(pruning: Pruning, layer: int, experts: int) -> dict[str, Any]:

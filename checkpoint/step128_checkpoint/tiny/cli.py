@@ -30,10 +30,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Register the command `tiny` with argparse's subparsers object; sets `run` as its function."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "tiny",
-        help="train a small Step-3.7 checkpoint (minutes on two cores; seconds the second time)",
-        description="Train a small checkpoint of architecture Step3p7ForConditionalGeneration on Python's own standard "
-        "library and generated dialogues: mixture of experts, sliding attention, MTP heads, tools. The vision tower is "
-        "untrained (plumbing only).",
+        description="Train a small checkpoint of architecture Step3p7ForConditionalGeneration (minutes on two cores; "
+        "seconds the second time) on Python's own standard library and generated dialogues: mixture of experts, "
+        "sliding attention, MTP heads, tools. The vision tower is untrained (plumbing only).",
         epilog="Exit codes: 0 ok, 66 Python's library sources not found, 73 OUT exists, or OUT or the cache cannot be "
         "written, 130 interrupted.",
     )

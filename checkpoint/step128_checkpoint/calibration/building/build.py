@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from step128_checkpoint.calibration.samples import (
     open_samples,
 )
 from step128_checkpoint.errors import CheckpointError, ConfigurationError, OutputError
+from step128_checkpoint.files import sync_folder
+from step128_checkpoint.places import made_folders
 from step128_checkpoint.shards import disk_error, write_synced
 
 
@@ -76,9 +79,9 @@ def build_samples(
     encoder = Encoder(tokenizer_folder)
     sources = [open_source(part, seed, tokens_per_sample) for part in mixture.parts]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+        _remove_leftovers(out)
+        work = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        with made_folders(work), _removed_if_it_fails(work):
             images = _ImageStore(work)
             seen: set[bytes] = set()
             draws = [
@@ -95,15 +98,41 @@ def build_samples(
                 "python": platform.python_version(),  # its library is what builtin sources draw from
             }
             write_synced(work / SAMPLES_NAME, json.dumps(document, indent=1).encode() + b"\n")
-            work.chmod(0o755)
             os.rename(work, out)  # noqa: PTH104  replaces an empty folder
-            _sync_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
+            sync_folder(out.parent)
     except OSError as error:
         raise disk_error(out, error) from error
     return open_samples(out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what runs for the same output left behind when they were killed: their process is gone."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.([0-9]{{1,9}})\.partial")
+    for path in out.parent.iterdir() if out.parent.is_dir() else ():
+        match = name.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)  # another user's is in nobody's way
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():  # a killed run's, in a container where every run has this number: ours has not begun
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _removed_if_it_fails(work: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _draw(mixture: Mixture, draws: list[PartDraw], samples: int, on_sample: Callable[[], None]) -> list[int]:
@@ -185,11 +214,3 @@ class _ImageStore:
             self.sha256[name] = hashlib.sha256(path.read_bytes()).hexdigest()
             names.append(name)
         return names
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

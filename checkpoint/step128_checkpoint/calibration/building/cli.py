@@ -24,6 +24,7 @@ from step128_checkpoint.calibration.building.mixture import (
     load_mixture,
 )
 from step128_checkpoint.calibration.samples import SampleSet, open_samples
+from step128_checkpoint.commands.options import non_negative
 from step128_checkpoint.errors import ConfigurationError
 
 _EPILOG = """A sample set is what `calibrate` runs the model on. The mixture matters more than the criterion by which
@@ -58,7 +59,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="N",
         help="longest sample (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every choice (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=non_negative, default=0, metavar="N", help="of every choice (default: %(default)s)"
+    )
     parser.add_argument("--no-images", action="store_true", help="leave the mixture's parts with pictures out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
