@@ -129,7 +129,10 @@ def test_json_has_what_programs_read(shipped: Callable[..., None], capsys: pytes
     assert "not measured" in found["source"]
 
 
-def test_table_is_for_people(shipped: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_for_people(
+    shipped: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")  # in a narrow terminal cells are cut short
     shipped(*GOOD)
     assert main(["inspect"]) == 0
     printed = capsys.readouterr()
