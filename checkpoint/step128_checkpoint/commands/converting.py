@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from step128_checkpoint.byte_progress import byte_progress
 from step128_checkpoint.conversion import Conversion, ConversionSummary, check_disk, convert
 from step128_checkpoint.files import size_text
 from step128_checkpoint.header import TensorInfo
@@ -95,24 +95,8 @@ def finish(arguments: argparse.Namespace, report: dict[str, Any], *renderables: 
 
 
 def _convert(arguments: argparse.Namespace, conversion: Conversion) -> ConversionSummary:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    stderr = Console(stderr=True)
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("writing", total=sum(step.size_bytes for step in conversion.steps))
-        return convert(
-            conversion,
-            arguments.output,
-            arguments.jobs,
-            arguments.restart,
-            lambda done: progress.advance(task, done),
-            arguments.max_memory,
-        )
+    with byte_progress("writing", sum(step.size_bytes for step in conversion.steps)) as advance:
+        return convert(conversion, arguments.output, arguments.jobs, arguments.restart, advance, arguments.max_memory)
 
 
 def _sizes_after(conversion: Conversion, policy: Policy) -> tuple[ComponentSize, ...]:
