@@ -69,10 +69,8 @@ class Conversion:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the output's bytes, as JSON values; the input by names, sizes and times."""
-        shards = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.shard_paths]
-        described = json.dumps([shards, self.checkpoint.config], sort_keys=True)
         return {
-            "input": hashlib.sha256(described.encode()).hexdigest(),
+            "input": self.checkpoint.fingerprint(),
             "max_shard_bytes": self.max_shard_bytes,
             "step128_version": version("step128"),
             **self.options,

@@ -25,6 +25,15 @@ def require_plain(checkpoint: Checkpoint) -> None:
     for tensor in checkpoint.tensors.values():
         if tensor.name.endswith((f"weight{PACKED_SUFFIX}", f"weight{SCALE_SUFFIX}")):
             raise CheckpointError(f"{tensor.path}: tensor {tensor.name} shows that the checkpoint is quantized already")
+    require_structure(checkpoint)
+
+
+def require_structure(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint, quantized or not, that contradicts its config.json, from headers alone.
+
+    Raises:
+        CheckpointError: the first problem, and how many more there are.
+    """
     if problems := structure_problems(checkpoint):
         more = f" (`step128-checkpoint inspect` shows {len(problems) - 1} more)" if problems[1:] else ""
         raise CheckpointError(problems[0] + more)

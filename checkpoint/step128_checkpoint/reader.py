@@ -6,6 +6,8 @@ threads share one descriptor, and the memory used is what was asked for, not wha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,14 @@ class Checkpoint:
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise CheckpointError(f"{self.folder / 'config.json'}: num_hidden_layers is {layers!r}, a count is needed")
         return layers
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the config and the shards' names, sizes and times: whether a run goes on with its input.
+
+        Copying a checkpoint changes it, and no data is read. See :func:`manifest.headers_sha256` for what lasts.
+        """
+        shards = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.shard_paths]
+        return hashlib.sha256(json.dumps([shards, self.config], sort_keys=True).encode()).hexdigest()
 
     def read(self, name: str, start_bytes: int = 0, size_bytes: int | None = None) -> bytes:
         """Read ``size_bytes`` of a tensor (to its end if None) from ``start_bytes`` within it.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +18,7 @@ from step128_checkpoint.calibration.states import file_sha256
 from step128_checkpoint.devices import find_device
 from step128_checkpoint.dimensions import Dimensions, layer_of, read_dimensions
 from step128_checkpoint.errors import CheckpointError, ConfigurationError
-from step128_checkpoint.expected import structure_problems
+from step128_checkpoint.plain import require_structure
 from step128_checkpoint.policy import PACKED_SUFFIX
 from step128_checkpoint.reader import Checkpoint, open_checkpoint
 
@@ -74,12 +72,10 @@ class Plan:
         Device and batch size are not part of it: they decide rounding alone, and a run that ran out of memory goes on
         with a smaller batch, or elsewhere.
         """
-        shards = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.shard_paths]
-        described = json.dumps([shards, self.checkpoint.config], sort_keys=True)
         options = self.options
         return {
             "command": "calibrate",
-            "input": hashlib.sha256(described.encode()).hexdigest(),
+            "input": self.checkpoint.fingerprint(),
             "samples": self.samples.sha256,
             "prune": options.keep,
             "criterion": options.criterion if options.keep is not None else None,
@@ -100,9 +96,7 @@ def make_plan(options: CalibrationOptions) -> Plan:
             device that is not there.
     """
     checkpoint = open_checkpoint(options.checkpoint)
-    if problems := structure_problems(checkpoint):
-        more = f" (`step128-checkpoint inspect` shows {len(problems) - 1} more)" if problems[1:] else ""
-        raise CheckpointError(problems[0] + more)
+    require_structure(checkpoint)
     dimensions, config = read_dimensions(checkpoint), text_config(checkpoint)
     samples = open_samples(options.samples)
     _check_samples(samples, checkpoint, dimensions.vocab_size)

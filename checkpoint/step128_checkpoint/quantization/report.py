@@ -59,7 +59,7 @@ def report_json(rows: list[TensorQuality], options: Mapping[str, Any], kv_scales
             "sqnr_db": "10 log10 of squared weights over squared errors",
             "output_sqnr_db": "the same with input channels weighted by E[x^2]: the error of the layer's output, if "
             "its input channels were uncorrelated; they are not, and GPTQ trades this figure for the output itself",
-            "feedback": "GPTQ's error feedback; false where calibration saw no token of the tensor's inputs",
+            "feedback": "GPTQ's error feedback; an expert that calibration gave no token goes without",
         },
         "tensors": [
             {
