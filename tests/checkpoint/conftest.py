@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from step128_checkpoint.calibration.options import CalibrationOptions
 
 LAYERS, MTP = 3, 1
 
@@ -195,3 +198,31 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"image_token_id": special_ids(trained).image, "vision_config": {"image_size": 728, "patch_size": 14}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch on one thread, here and in processes that the test starts: the same sums in the same order."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A sample set of text for the tiny model, of all kinds of length."""
+    from sample_sets import tiny_samples
+
+    return tiny_samples(tiny, tmp_path_factory.mktemp("samples") / "set")
+
+
+@pytest.fixture
+def options(tiny: Path, samples: Path, tmp_path: Path) -> CalibrationOptions:
+    """Of a calibration of the tiny model on that set."""
+    from step128_checkpoint.calibration.options import CalibrationOptions
+
+    return CalibrationOptions(tiny, samples, tmp_path / "cal", device="cpu", batch_tokens=300, pilot_samples=3)

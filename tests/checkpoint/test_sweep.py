@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from sample_sets import HELD_OUT, LENGTHS, tiny_ids, tiny_samples, write_samples
+from sample_sets import HELD_OUT, LENGTHS, tiny_ids, write_samples
 from torch import Tensor
 from transformers import DynamicCache, Step3p7ForConditionalGeneration
 
@@ -36,28 +36,12 @@ COUNTED = sum(length for number, length in enumerate(LENGTHS) if number not in H
 MOE_LAYERS, MTP_LAYERS, EXPERTS, KEEP = range(3, 9), range(9, 12), 16, 11
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def ids(tiny: Path) -> list[np.ndarray]:
     return tiny_ids(tiny)
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    return tiny_samples(tiny, tmp_path_factory.mktemp("samples") / "set")
-
-
-@pytest.fixture
-def options(tiny: Path, samples: Path, tmp_path: Path) -> CalibrationOptions:
-    return CalibrationOptions(tiny, samples, tmp_path / "cal", device="cpu", batch_tokens=300, pilot_samples=3)
 
 
 class RecordingCache(DynamicCache):

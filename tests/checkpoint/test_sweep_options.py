@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
-from sample_sets import LENGTHS, tiny_samples, write_samples
+from sample_sets import LENGTHS, write_samples
 
 from step128_checkpoint.calibration import needs
 from step128_checkpoint.calibration.needs import needs_of
@@ -27,23 +26,7 @@ from step128_checkpoint.errors import CheckpointError, ConfigurationError, Outpu
 EXPERTS, KEEP, MOE_LAYERS = 16, 11, range(3, 9)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    return tiny_samples(tiny, tmp_path_factory.mktemp("samples") / "set")
-
-
-@pytest.fixture
-def options(tiny: Path, samples: Path, tmp_path: Path) -> CalibrationOptions:
-    return CalibrationOptions(tiny, samples, tmp_path / "cal", device="cpu", batch_tokens=300, pilot_samples=3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

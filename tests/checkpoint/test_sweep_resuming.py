@@ -9,13 +9,11 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from sample_sets import tiny_samples
 
 from step128_checkpoint.calibration.options import CalibrationOptions
 from step128_checkpoint.calibration.plan import make_plan
@@ -41,23 +39,7 @@ calibrate(CalibrationOptions(checkpoint, samples, out, keep=11, hessians=True, d
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    return tiny_samples(tiny, tmp_path_factory.mktemp("samples") / "set")
-
-
-@pytest.fixture
-def options(tiny: Path, samples: Path, tmp_path: Path) -> CalibrationOptions:
-    return CalibrationOptions(tiny, samples, tmp_path / "cal", device="cpu", batch_tokens=300, pilot_samples=3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
