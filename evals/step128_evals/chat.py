@@ -1,21 +1,67 @@
-"""One streamed chat answer, with its tool calls and its times."""
+"""One chat answer, streamed or whole, with its reasoning, its tool calls and its times."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from step128_evals.client import Client
 from step128_evals.errors import EvalError
 
 Say = Callable[[str], None]
+SEED = 42
+
+_THOUGHT = re.compile(r"\A\s*(?:<think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What to ask; greedy and with a fixed seed. None leaves a field to the server.
+
+    ``max_tokens`` bounds the answer, reasoning included. ``reasoning_effort``: low, medium or high (``none`` where a
+    server has it). ``extra`` goes into the body as it is.
+    """
+
+    messages: list[dict[str, Any]]
+    max_tokens: int = 256
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str = "auto"
+    reasoning_effort: str | None = None
+    temperature: float = 0.0
+    seed: int = SEED
+    stream: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def body(self, model: str) -> dict[str, Any]:
+        """The arguments of the official client's ``create``."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": self.messages,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "stream": self.stream,
+        }
+        if self.stream:
+            body["stream_options"] = {"include_usage": True}
+        if self.tools:
+            body |= {"tools": self.tools, "tool_choice": self.tool_choice}
+        if self.reasoning_effort:
+            body["reasoning_effort"] = self.reasoning_effort
+        return body | ({"extra_body": self.extra} if self.extra else {})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One streamed answer and its times. ``tokens`` counts generated tokens, reasoning included."""
+    """One answer and its times.
+
+    ``tokens`` counts generated tokens, reasoning included, as the server counts them (without its count: the chunks of
+    the stream, and ``tokens_counted`` is false); ``reasoning_tokens`` is there where the server says it. A whole answer
+    has its first token when it has its last. Each of ``tool_calls`` holds ``id``, ``name`` and ``arguments``.
+    """
 
     text: str
     reasoning: str
@@ -24,6 +70,9 @@ class Answer:
     tokens: int
     first_token_seconds: float
     total_seconds: float
+    prompt_tokens: int | None = None
+    tokens_counted: bool = True
+    reasoning_tokens: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -31,76 +80,143 @@ class Answer:
         decode_seconds = self.total_seconds - self.first_token_seconds
         return (self.tokens - 1) / decode_seconds if decode_seconds > 0 and self.tokens > 1 else 0.0
 
+    @property
+    def assistant_message(self) -> dict[str, Any]:
+        """The answer as a message of the next request's conversation (reasoning is not sent back)."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call["id"],
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": call["arguments"]},
+                }
+                for call in self.tool_calls
+            ]
+        return message
 
-async def stream_chat(
-    client: Client,
-    model: str,
-    messages: list[dict[str, Any]],
-    say: Say,
-    max_tokens: int = 256,
-    reasoning_effort: str | None = None,
-    tools: list[dict[str, Any]] | None = None,
-) -> Answer:
-    """Ask greedily, streamed.
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """Part (reasoning, answer) of a text in which a server left the reasoning, ended by ``</think>``."""
+    found = _THOUGHT.match(text)
+    return (found["thought"].strip(), text[found.end() :]) if found else ("", text)
+
+
+async def ask_chat(client: Client, model: str, request: ChatRequest, say: Say = lambda _: None) -> Answer:
+    """Ask, streamed or not as the request says.
 
     Args:
         client: open.
         model: name of the served model.
-        messages: the conversation, as the API takes it.
+        request: what to ask.
         say: gets reasoning and text as they arrive.
-        max_tokens: bound of the answer, reasoning included.
-        reasoning_effort: ``low``, ``medium`` or ``high``; None leaves it to the chat template.
-        tools: offered to the model, which may call them or not.
 
     Raises:
-        EvalError: the request was refused, or the stream broke off.
+        EvalError: the request was refused, the stream broke off, or the answer does not follow the API.
     """
-    extra: dict[str, Any] = {"tools": tools, "tool_choice": "auto"} if tools else {}
-    if reasoning_effort:
-        extra["reasoning_effort"] = reasoning_effort
-    text, reasoning, finish_reason, tokens, chunks = "", "", "", 0, 0
-    calls: dict[int, dict[str, str]] = {}
+    return await (_streamed if request.stream else _whole)(client, model, request, say)
+
+
+async def _whole(client: Client, model: str, request: ChatRequest, say: Say) -> Answer:
     started = time.perf_counter()
-    first = last = started
     with client.explained():
         create: Any = client.openai.chat.completions.create  # its types know only OpenAI's own models and options
-        stream = await create(
-            model=model,
-            messages=messages,
-            max_tokens=max_tokens,
-            temperature=0.0,
-            stream=True,
-            stream_options={"include_usage": True},
-            **extra,
+        answer = await create(**request.body(model))
+        seconds = time.perf_counter() - started
+        if not answer.choices or not answer.choices[0].finish_reason:
+            raise EvalError(f"{client.root_url} sent an answer without a choice or its finish reason")
+        choice, usage = answer.choices[0], answer.usage
+        message = choice.message
+        calls = [
+            {"id": call.id or "", "name": call.function.name or "", "arguments": call.function.arguments or ""}
+            for call in message.tool_calls or []
+        ]
+        say(_thought(message) + (message.content or "") + "\n")
+        return Answer(
+            text=message.content or "",
+            reasoning=_thought(message),
+            tool_calls=tuple(calls),
+            finish_reason=choice.finish_reason,
+            tokens=usage.completion_tokens if usage else 0,
+            first_token_seconds=seconds,
+            total_seconds=seconds,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            tokens_counted=usage is not None,
+            reasoning_tokens=_reasoning_tokens(usage),
         )
+
+
+async def _streamed(client: Client, model: str, request: ChatRequest, say: Say) -> Answer:
+    parts = _Parts(say)
+    started = time.perf_counter()
+    first = last = started
+    chunks = 0
+    with client.explained():
+        create: Any = client.openai.chat.completions.create
+        stream = await create(**request.body(model))
         async for chunk in stream:
             if chunk.usage:
-                tokens = chunk.usage.completion_tokens
-            if not chunk.choices:
-                continue
-            choice = chunk.choices[0]
-            finish_reason = choice.finish_reason or finish_reason
-            thought = getattr(choice.delta, "reasoning", None) or getattr(choice.delta, "reasoning_content", None) or ""
-            if thought or choice.delta.content or choice.delta.tool_calls:
-                last = time.perf_counter()
-                first = first if chunks else last
-                chunks += 1
-            for part in choice.delta.tool_calls or []:
-                call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
-                call["id"] = part.id or call["id"]
-                if part.function:
-                    call["name"] += part.function.name or ""
-                    call["arguments"] += part.function.arguments or ""
-            content = choice.delta.content or ""
-            if thought and not reasoning:
-                say("(thinking) ")
-            if content and reasoning and not text:
-                say("\n(answer) ")
-            say(thought + content)
-            reasoning += thought
-            text += content
+                parts.usage = chunk.usage
+            for choice in chunk.choices[:1]:
+                parts.finish_reason = choice.finish_reason or parts.finish_reason
+                if parts.add(choice.delta):
+                    last = time.perf_counter()
+                    first = first if chunks else last
+                    chunks += 1
     say("\n")
-    if not finish_reason:
-        raise EvalError(f"the stream ended without a finish reason after {len(text)} characters")
-    tool_calls = tuple(calls[index] for index in sorted(calls))
-    return Answer(text, reasoning, tool_calls, finish_reason, tokens or chunks, first - started, last - started)
+    if not parts.finish_reason:
+        raise EvalError(f"the stream ended without a finish reason after {len(parts.text)} characters")
+    return Answer(
+        text=parts.text,
+        reasoning=parts.reasoning,
+        tool_calls=tuple(parts.calls[index] for index in sorted(parts.calls)),
+        finish_reason=parts.finish_reason,
+        tokens=parts.usage.completion_tokens if parts.usage else chunks,
+        first_token_seconds=first - started,
+        total_seconds=last - started,
+        prompt_tokens=parts.usage.prompt_tokens if parts.usage else None,
+        tokens_counted=parts.usage is not None,
+        reasoning_tokens=_reasoning_tokens(parts.usage),
+    )
+
+
+class _Parts:
+    """A streamed answer as far as it has come."""
+
+    def __init__(self, say: Say) -> None:
+        self.text = self.reasoning = self.finish_reason = ""
+        self.calls: dict[int, dict[str, str]] = {}
+        self.usage: Any = None
+        self._say = say
+
+    def add(self, delta: Any) -> bool:
+        """Take one delta in; returns whether it held anything generated."""
+        for part in delta.tool_calls or []:
+            call = self.calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+            call["id"] = part.id or call["id"]
+            if part.function:
+                call["name"] += part.function.name or ""
+                call["arguments"] += part.function.arguments or ""
+        thought, content = _thought(delta), delta.content or ""
+        if thought and not self.reasoning:
+            self._say("(thinking) ")
+        if content and self.reasoning and not self.text:
+            self._say("\n(answer) ")
+        self._say(thought + content)
+        self.reasoning += thought
+        self.text += content
+        return bool(thought or content or delta.tool_calls)
+
+
+def _thought(message: Any) -> str:
+    """Reasoning has no field in OpenAI's API: vLLM says ``reasoning``, llama.cpp and SGLang ``reasoning_content``."""
+    return next(_values(message, "reasoning", "reasoning_content"), "")
+
+
+def _reasoning_tokens(usage: Any) -> int | None:
+    details = getattr(usage, "completion_tokens_details", None)
+    return getattr(details, "reasoning_tokens", None)
+
+
+def _values(message: Any, *names: str) -> Iterator[str]:
+    return (value for name in names if isinstance(value := getattr(message, name, None), str) and value)

@@ -23,7 +23,7 @@ from step128_evals.errors import (
     UnsupportedError,
 )
 
-_TIMEOUT_SECONDS = 600.0  # a long prompt on a CPU takes minutes
+_TIMEOUT_SECONDS = 3600.0  # a prompt of 200k tokens takes minutes on a GPU, and more on a CPU
 
 
 # Inside a stream, openai lets its transport's own errors through: httpx's up to release 2, httpx2's since 3.
@@ -47,6 +47,7 @@ class Client:
     Args:
         base_url: the server's address, with or without ``/v1``.
         api_key: sent as a bearer token; None for a server without one.
+        timeout_seconds: between two pieces of an answer, so for the whole of one that is not streamed.
 
     A server on this machine is never asked through a proxy: the key would leave the machine.
 
@@ -54,7 +55,7 @@ class Client:
         ConfigurationError: the address or the key cannot be used, or the environment names an unusable proxy.
     """
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
+    def __init__(self, base_url: str, api_key: str | None, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         self.root_url = base_url.rstrip("/").removesuffix("/v1")
         host = check_address(self.root_url)
         if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
@@ -63,9 +64,9 @@ class Client:
         trust_env = not is_loopback(host)
         try:
             self._http = httpx.AsyncClient(
-                base_url=self.root_url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=trust_env
+                base_url=self.root_url, headers=headers, timeout=timeout_seconds, trust_env=trust_env
             )
-            transport = openai.DefaultAsyncHttpxClient(trust_env=trust_env, timeout=_TIMEOUT_SECONDS)
+            transport = openai.DefaultAsyncHttpxClient(trust_env=trust_env, timeout=timeout_seconds)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"a proxy that the environment names cannot be used: {error}") from error
         # No retries: an eval must see a failure, not hide it.
@@ -73,7 +74,7 @@ class Client:
             base_url=f"{self.root_url}/v1",
             api_key=api_key or "none",
             max_retries=0,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=timeout_seconds,
             http_client=transport,
         )
 

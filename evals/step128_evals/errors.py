@@ -28,7 +28,21 @@ class PermissionDeniedError(EvalError):
 
 
 class UnsupportedError(EvalError):
-    """The server does not have what was asked for (status 404 or 405)."""
+    """The server does not have what was asked for: no such route (status 404 or 405), or no such feature."""
+
+    exit_code = 4
+
+
+class ThresholdError(EvalError):
+    """``gate``: a figure misses its threshold."""
+
+    exit_code = 3
+
+
+class CannotWriteError(EvalError):
+    """A result or report cannot be written."""
+
+    exit_code = 73
 
 
 class ConfigurationError(EvalError):

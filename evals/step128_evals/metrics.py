@@ -79,3 +79,13 @@ async def read_counters(client: Client) -> DraftCounters | None:
     except UnsupportedError:
         return None
     return counters
+
+
+def describe(acceptance: Acceptance | None) -> str:
+    """One line for a person."""
+    if acceptance is None:
+        return "MTP: nothing was drafted"
+    rates = ", ".join(f"position {i}: {rate:.3f}" for i, rate in enumerate(acceptance.rates, start=1))
+    return (
+        f"MTP acceptance over {acceptance.drafts} drafts: {rates}; {acceptance.mean_accepted_length:.2f} tokens a step"
+    )

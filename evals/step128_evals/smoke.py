@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from step128_evals.chat import Answer, Say, stream_chat
+from step128_evals.chat import Answer, ChatRequest, Say, ask_chat
 from step128_evals.client import Client
 from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError
 from step128_evals.metrics import Acceptance, acceptance_between, read_counters
@@ -51,7 +51,7 @@ class SmokeOptions:
 
     @property
     def limits(self) -> dict[str, Any]:
-        """The options that hold for every answer, by their names in :func:`stream_chat`."""
+        """The options that hold for every answer, by their names in :class:`ChatRequest`."""
         return {"max_tokens": self.max_tokens, "reasoning_effort": self.reasoning_effort}
 
 
@@ -116,7 +116,8 @@ async def _part(name: str, say: Say, check: Callable[[], Awaitable[Part]]) -> Pa
 
 async def _question(client: Client, model: str, options: SmokeOptions, say: Say) -> Part:
     say(f"\nquestion: {options.question}\n")
-    answer = await stream_chat(client, model, [{"role": "user", "content": options.question}], say, **options.limits)
+    request = ChatRequest([{"role": "user", "content": options.question}], **options.limits)
+    answer = await ask_chat(client, model, request, say)
     return Part("question", _empty(answer), (answer,))
 
 
@@ -129,7 +130,8 @@ async def _image(client: Client, model: str, options: SmokeOptions, say: Say) ->
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": options.image_question},
     ]
-    answer = await stream_chat(client, model, [{"role": "user", "content": content}], say, **options.limits)
+    request = ChatRequest([{"role": "user", "content": content}], **options.limits)
+    answer = await ask_chat(client, model, request, say)
     problem = None if options.vision_plumbing_only and answer.tokens else _empty(answer)
     return Part("image", problem, (answer,))
 
@@ -137,27 +139,14 @@ async def _image(client: Client, model: str, options: SmokeOptions, say: Say) ->
 async def _tool_call(client: Client, model: str, options: SmokeOptions, say: Say) -> Part:
     say(f"\ntool call: {options.tool_question}\n")
     messages: list[dict[str, Any]] = [{"role": "user", "content": options.tool_question}]
-    first = await stream_chat(client, model, messages, say, tools=[WEATHER_TOOL], **options.limits)
+    first = await ask_chat(client, model, ChatRequest(messages, tools=[WEATHER_TOOL], **options.limits), say)
     if problem := tool_call_problem(first, options.tool_question):
         return Part("tool call", problem, (first,))
     call = first.tool_calls[0]
     weather = json.dumps({"city": json.loads(call["arguments"])["city"], "condition": "sunny", "temperature": 21})
     say(f"  -> {call['name']}({call['arguments']}) = {weather}\n")
-    messages += [
-        {
-            "role": "assistant",
-            "content": first.text or None,
-            "tool_calls": [
-                {
-                    "id": call["id"],
-                    "type": "function",
-                    "function": {"name": call["name"], "arguments": call["arguments"]},
-                }
-            ],
-        },
-        {"role": "tool", "tool_call_id": call["id"], "content": weather},
-    ]
-    final = await stream_chat(client, model, messages, say, tools=[WEATHER_TOOL], **options.limits)
+    messages = [*messages, first.assistant_message, {"role": "tool", "tool_call_id": call["id"], "content": weather}]
+    final = await ask_chat(client, model, ChatRequest(messages, tools=[WEATHER_TOOL], **options.limits), say)
     return Part("tool call", _empty(final), (first, final))
 
 

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from oracle import Oracle, serving
 
 KEY = "secret"
 MODEL = "tiny"
@@ -154,3 +156,13 @@ def fake_server() -> Iterator[FakeServer]:
     http.shutdown()
     thread.join()
     http.server_close()
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Oracle]:
+    """A scripted server that answers; the key is in the environment, and result files go to a folder of their own."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setattr("step128_evals.metrics._SETTLE_SECONDS", 0.01)
+    monkeypatch.chdir(tmp_path)
+    with serving(Oracle()) as server:
+        yield server

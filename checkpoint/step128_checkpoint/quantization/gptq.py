@@ -12,7 +12,7 @@ Importing needs numba and scipy.
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import lapack  # type: ignore[import-untyped]
+from scipy.linalg import lapack
 
 from step128_checkpoint.quantization import gptq_compiled
 from step128_kernels.codebook import (

@@ -1,0 +1,118 @@
+"""Compare two result files of one eval by the items that both have."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from step128_evals.errors import BadInputError
+from step128_evals.evaluation import summary_of
+from step128_evals.runs import Run
+from step128_evals.stats import CONFIDENCE, Interval, bootstrap, mcnemar, mean_interval
+
+LOWER_IS_BETTER = frozenset({"ppl"})
+SIGNIFICANCE = round(1 - CONFIDENCE, 6)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``difference``: mean of (after - before) over ``pairs`` items, with its bootstrap interval. For items that pass
+    or fail: ``gained`` fail before and pass after, ``lost`` the other way, ``p_value`` by McNemar's exact test.
+    ``ratio``: geometric mean of after / before where all figures are above 0. ``verdict``: better, worse, or
+    "cannot be told apart"; ``unpaired``: items that only one of the files has."""
+
+    eval: str
+    before: str
+    after: str
+    pairs: int
+    unpaired: int
+    before_mean: float
+    after_mean: float
+    difference: float
+    difference_interval: Interval | None
+    ratio: float | None
+    ratio_interval: Interval | None
+    gained: int | None
+    lost: int | None
+    p_value: float | None
+    verdict: str
+
+    @property
+    def worse(self) -> bool:
+        """Whether the second run is worse beyond chance."""
+        return self.verdict == "worse"
+
+
+def compare_runs(before: Run, after: Run) -> Comparison:
+    """Compare by :meth:`Summary.score`.
+
+    Raises:
+        BadInputError: different evals or settings, or no item in common.
+    """
+    _refuse_other_questions(before, after)
+    module = summary_of(before.manifest.eval)
+    old, new = module.score(before), module.score(after)
+    ids = [id for id in old if id in new]
+    if not ids:
+        raise BadInputError(f"{before.path} and {after.path} have no scored item in common")
+    first = np.array([old[id] for id in ids], dtype=np.float64)
+    second = np.array([new[id] for id in ids], dtype=np.float64)
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    gained = int(((first == 0) & (second == 1)).sum()) if binary else None
+    lost = int(((first == 1) & (second == 0)).sum()) if binary else None
+    p_value = mcnemar(gained, lost) if gained is not None and lost is not None else None
+    interval = mean_interval([float(value) for value in second - first])
+    ratio = None if binary else _ratio(first, second)
+    return Comparison(
+        eval=before.manifest.eval,
+        before=str(before.path),
+        after=str(after.path),
+        pairs=len(ids),
+        unpaired=len(old.keys() ^ new.keys()),
+        before_mean=float(first.mean()),
+        after_mean=float(second.mean()),
+        difference=float((second - first).mean()),
+        difference_interval=interval,
+        ratio=ratio[0] if ratio else None,
+        ratio_interval=ratio[1] if ratio else None,
+        gained=gained,
+        lost=lost,
+        p_value=p_value,
+        verdict=_verdict(before.manifest.eval, float((second - first).mean()), interval, p_value),
+    )
+
+
+def _ratio(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, Interval | None] | None:
+    if first.min() <= 0 or second.min() <= 0:
+        return None
+    logs = np.log(second / first)
+    interval = bootstrap([logs.tolist()], lambda values, axis: np.exp(np.mean(values, axis=axis)))
+    return float(np.exp(logs.mean())), interval
+
+
+def _verdict(eval_name: str, difference: float, interval: Interval | None, p_value: float | None) -> str:
+    if p_value is not None:
+        beyond_chance = p_value < SIGNIFICANCE
+    else:
+        beyond_chance = interval is not None and (interval.low > 0 or interval.high < 0)
+    if not beyond_chance:
+        return "cannot be told apart"
+    return "worse" if (difference > 0) == (eval_name in LOWER_IS_BETTER) else "better"
+
+
+def _refuse_other_questions(before: Run, after: Run) -> None:
+    one, other = before.manifest, after.manifest
+    if one.eval != other.eval:
+        raise BadInputError(f"{before.path} is of the eval {one.eval}, {after.path} of {other.eval}")
+    settings = one.settings | other.settings
+    different = [name for name in settings if one.settings.get(name) != other.settings.get(name)]
+    if different:
+        name = different[0]
+        values = [json.dumps(run.settings.get(name))[:100] for run in (one, other)]
+        raise BadInputError(
+            f"{before.path} and {after.path} did not ask the same: {name} is {values[0]} and {values[1]}"
+            + (f" ({len(different) - 1} more settings differ)" if len(different) > 1 else "")
+        )

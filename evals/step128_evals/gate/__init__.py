@@ -1,0 +1,1 @@
+"""Thresholds of a release: a YAML of figures and bounds, and an exit code."""

@@ -1,0 +1,1 @@
+"""Result files as one Markdown document with pictures."""
