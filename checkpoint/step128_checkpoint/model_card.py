@@ -75,6 +75,10 @@ def _result(path: Path) -> dict[str, object]:
     except ValueError:
         value = None
     result = value if isinstance(value, dict) else read_json_object(path)
+    if {"id", "status", "data"} <= result.keys():
+        raise CheckpointError(
+            f"{path}: holds the items of an eval; the card takes what `step128-eval show {path.name} --json` prints"
+        )
     if "error" in result:
         raise CheckpointError(f"{path}: reports a failure, not a result: {result['error']}")
     return result

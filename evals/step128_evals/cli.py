@@ -24,6 +24,7 @@ COMMANDS = {
     "soak": "step128_evals.soak.command",
     "vision": "step128_evals.vision.command",
     "reasoning": "step128_evals.reasoning.command",
+    "show": "step128_evals.report.show_command",
     "report": "step128_evals.report.command",
     "compare": "step128_evals.compare.command",
     "gate": "step128_evals.gate.command",

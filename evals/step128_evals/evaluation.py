@@ -96,6 +96,7 @@ def report_run(run: Run, as_json: bool) -> Result:
     errors = run.with_status("error")
     report = summary | {
         "eval": run.manifest.eval,
+        "headline": module.headline(summary),
         "model": run.manifest.model,
         "results": str(run.path),
         "items": len(run.items),

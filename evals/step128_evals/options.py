@@ -67,15 +67,22 @@ async def _ask(parsed: argparse.Namespace, run: Callable[[argparse.Namespace, Cl
         return await run(parsed, client)
 
 
-def add_results(parser: argparse.ArgumentParser, concurrency: int = 1) -> None:
-    """The options of an eval that keeps its items in a result file."""
+def add_results(parser: argparse.ArgumentParser, concurrency: int | None = 1) -> None:
+    """The options of an eval that keeps its items in a result file; ``concurrency`` None: always one at a time."""
     parser.add_argument(
         "--out", type=Path, metavar="FILE.jsonl", help="default: results/EVAL.MODEL.jsonl; a run goes on where it ended"
     )
     parser.add_argument("--fresh", action="store_true", help="measure anew; what is there stays as FILE.jsonl.old")
-    parser.add_argument(
-        "--concurrency", type=count, default=concurrency, metavar="N", help="requests in flight (default: %(default)s)"
-    )
+    if concurrency is None:
+        parser.set_defaults(concurrency=1)
+    else:
+        parser.add_argument(
+            "--concurrency",
+            type=count,
+            default=concurrency,
+            metavar="N",
+            help="requests in flight (default: %(default)s)",
+        )
 
 
 def results_path(parsed: argparse.Namespace, eval_name: str, model: str) -> Path:

@@ -66,6 +66,18 @@ def test_only_given_results_are_claimed(product: Path, tmp_path: Path) -> None:
     assert "| MTP rates | [0.9, 0.5] |" in text and "exit code" not in text
     assert "perplexity: not measured" not in text and "MTP acceptance: not measured" not in text
     assert "- tool calls: not measured" in text
+    needle = {"eval": "needle", "headline": "99 of 100 exact", "pass_rate": 0.99}
+    (tmp_path / "needle.json").write_text(json.dumps(needle))
+    text = card(product, "--evals", tmp_path / "needle.json")
+    assert "| headline | 99 of 100 exact |" in text
+    assert "(needle): not measured" not in text and "- tool calls: not measured" in text
+
+
+def test_items_of_an_eval_are_no_result(product: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"eval": "needle", "format": 1}, {"id": "a", "status": "passed", "why": "", "data": {}}]
+    (tmp_path / "needle.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["model-card", str(product), "--evals", str(tmp_path / "needle.jsonl")]) == 65
+    assert "step128-eval show needle.jsonl --json" in capsys.readouterr().err
 
 
 def test_failed_evaluation_is_no_result(product: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

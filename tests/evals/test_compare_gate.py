@@ -151,6 +151,19 @@ def test_two_files_of_one_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "are both of the eval tools" in capsys.readouterr().err
 
 
+def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a.jsonl", passes(18, 2), total=30)
+    assert main(["show", "a.jsonl"]) == 0
+    assert "rate 0.9\nitems: a.jsonl" in capsys.readouterr().out
+    assert main(["show", "a.jsonl", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["eval"], report["items"], report["items_missing"]) == ("tools", 20, 10)
+    make(tmp_path / "b.jsonl", {"a": "unsupported"})
+    assert main(["show", "b.jsonl"]) == 4
+    make(tmp_path / "c.jsonl", {"a": "passed", "b": "error"})
+    assert main(["show", "c.jsonl"]) == 70
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "a.jsonl", passes(18, 2), total=30, seed=42)
     assert main(["report", "a.jsonl", "--out", "out"]) == 0
