@@ -14,7 +14,7 @@ from step128_evals.errors import EvalError
 Say = Callable[[str], None]
 SEED = 42
 
-_THOUGHT = re.compile(r"\A\s*(?:<think>)?(?P<thought>.*?)</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\A\s*(?:<think>)?(?P<thought>.*?)</think>(?:[^\S\n]*\n)*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ class Answer:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """Part (reasoning, answer) of a text in which a server left the reasoning, ended by ``</think>``."""
+    """Part (reasoning, answer) of a text in which a server left the reasoning, ended by ``</think>``.
+
+    Blank lines between the two go; the indentation of the answer's first line stays.
+    """
     found = _THOUGHT.match(text)
     return (found["thought"].strip(), text[found.end() :]) if found else ("", text)
 

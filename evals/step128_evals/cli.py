@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +36,17 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`). What Python still holds back for it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parsed = _parser(list(sys.argv[1:] if arguments is None else arguments)).parse_args(arguments)
     report: Report
     code: int
@@ -46,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report, code = ({"error": str(known[0])}, known[0].exit_code) if known else _internal(group)
     except ModuleNotFoundError as error:
         report, code = _missing(error)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         report, code = {"error": "interrupted; what was finished is kept"}, 130
     except Exception as error:

@@ -46,7 +46,7 @@ class Manifest:
 
     ``settings`` holds all that decides what is asked and how it is scored (texts and corpora by their SHA-256): a run
     is resumed only with equal settings. ``endpoint`` is what :func:`probe_endpoint` found when the run began.
-    ``items_total``: how many items a whole run has.
+    ``items_total``: how many items a whole run has; 0 if that is not known in advance.
     """
 
     eval: str
@@ -71,7 +71,8 @@ class Run:
     @property
     def missing(self) -> int:
         """Items that have no outcome yet; those that ended in an error count as missing."""
-        return max(0, self.manifest.items_total - sum(item.final for item in self.items.values()))
+        final = sum(item.final for item in self.items.values())
+        return max(self.manifest.items_total - final, len(self.items) - final)
 
     def with_status(self, *statuses: Status) -> list[Item]:
         """The items of these statuses, in the order in which they were finished."""

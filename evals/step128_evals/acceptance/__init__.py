@@ -1,0 +1,1 @@
+"""MTP acceptance by position and domain, and the depth that pays by measured speed."""

@@ -1,0 +1,51 @@
+"""One prompt between two readings of the counters."""
+
+from __future__ import annotations
+
+from step128_evals.acceptance.material import Prompt
+from step128_evals.chat import ChatRequest, ask_chat
+from step128_evals.client import Client
+from step128_evals.completion import IGNORE_EOS, complete
+from step128_evals.errors import EvalError, UnsupportedError
+from step128_evals.metrics import drafts_between, foreign_traffic, read_at_rest, read_metrics
+from step128_evals.probe import Endpoint
+from step128_evals.runs import Item
+
+
+async def measure_prompt(client: Client, endpoint: Endpoint, prompt: Prompt, max_tokens: int) -> Item:
+    """Ask a prompt greedily; its drafts are what the counters gained meanwhile.
+
+    Counters do not tell requests apart, so nothing else may use the server: if something did, the prompt counts as an
+    error, and the same command asks it again.
+
+    Raises:
+        UnsupportedError: a question, and the endpoint has no chat.
+        EvalError: no answer, or the server worked for others too.
+    """
+    before = await read_metrics(client)
+    if prompt.question:
+        if not endpoint.can("streaming"):
+            raise UnsupportedError(f"the endpoint has no streamed chat: {endpoint.how('streaming')}")
+        request = ChatRequest([{"role": "user", "content": prompt.question}], max_tokens=max_tokens)
+        answer = await ask_chat(client, endpoint.model, request)
+    else:
+        answer = await complete(client, endpoint.model, list(prompt.tokens), max_tokens, IGNORE_EOS)
+    after = await read_at_rest(client)
+    if before is None or after is None:
+        raise EvalError(f"{client.root_url} hides its /metrics since the run began")
+    if others := foreign_traffic(before, after, requests=1, tokens=answer.tokens):
+        raise EvalError(f"not alone on the server: {others}. Its counters do not tell requests apart.")
+    drafts = drafts_between(before.drafts, after.drafts)
+    data = {
+        "domain": prompt.domain,
+        "question": prompt.question,
+        "prompt_tokens": answer.prompt_tokens or len(prompt.tokens),
+        "text": answer.reasoning + answer.text,
+        "finish_reason": answer.finish_reason,
+        "tokens": answer.tokens,
+        "first_token_seconds": answer.first_token_seconds,
+        "seconds": answer.total_seconds,
+        "drafts": int(drafts.drafts) if drafts else 0,
+        "accepted": [int(count) for count in drafts.accepted] if drafts else [],
+    }
+    return Item(prompt.id, "measured", data=data)

@@ -1,0 +1,125 @@
+"""``--mode step128``: 100 functions at all depths of prompts up to the full context, copied exactly or failed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from step128_evals.chat import SEED, ChatRequest, ask_chat
+from step128_evals.client import Client
+from step128_evals.corpus import python_corpus
+from step128_evals.errors import BadInputError
+from step128_evals.evaluation import Evaluation
+from step128_evals.harness import Task
+from step128_evals.needle.lengths import answer_budget, prompt_lengths
+from step128_evals.needle.plan import Plan, PlannedItem, plan_items, template_tokens
+from step128_evals.needle.question import question
+from step128_evals.needle.scoring import answer_lines, invented_lines, score_lines
+from step128_evals.needle.segments import Shelf
+from step128_evals.probe import Endpoint
+from step128_evals.runs import Item
+from step128_evals.tokens import find_counter
+
+
+async def corrected_evaluation(parsed: argparse.Namespace, client: Client, endpoint: Endpoint) -> Evaluation:
+    """Settings and tasks.
+
+    Raises:
+        UnsupportedError: the context is too small for the lengths.
+        BadInputError: the corpus is too small, or a depth is no percentage.
+    """
+    if max(parsed.depths) > 100:
+        raise BadInputError("--depths are percentages, 0 to 100")
+    answer_tokens = answer_budget(parsed.max_tokens, endpoint.max_context_tokens)
+    lengths = prompt_lengths(parsed.lengths, endpoint.max_context_tokens, answer_tokens)
+    corpus = python_corpus(parsed.corpus)
+    dialect = endpoint.how("tokenize") if endpoint.can("tokenize") else None
+    counter = await find_counter(client, endpoint.model, dialect, corpus.files[0].text[: lengths[0]])
+    plan = await plan_items(
+        Shelf(corpus, counter, parsed.lines, SEED),
+        counter,
+        lengths,
+        parsed.depths,
+        parsed.items,
+        parsed.lines,
+        await template_tokens(client, endpoint.model, counter),
+    )
+    _report(plan, counter.exact)
+    settings = {
+        "mode": "step128",
+        "corpus": corpus.label,
+        "corpus_sha256": corpus.sha256,
+        "items": parsed.items,
+        "planned": len(plan.items),
+        "lines": parsed.lines,
+        "lengths": lengths,
+        "depths": sorted(set(parsed.depths)),
+        "seed": SEED,
+        "haystacks_sha256": list(dict.fromkeys(item.haystack.sha256 for item in plan.items)),
+        "token_counts": "the server's own" if counter.exact else "estimated",
+        "max_tokens": answer_tokens,
+        "reasoning_effort": parsed.reasoning_effort,
+        "closed_book": parsed.closed_book,
+    }
+
+    def task(item: PlannedItem) -> Task:
+        async def ask() -> Item:
+            text = question(item.placed.function, parsed.lines, parsed.closed_book)
+            request = ChatRequest(
+                [{"role": "user", "content": text if parsed.closed_book else item.haystack.text + text}],
+                max_tokens=answer_tokens,
+                reasoning_effort=parsed.reasoning_effort,
+                stream=endpoint.can("streaming"),
+            )
+            return await _ask(client, endpoint.model, item, request, parsed.lines)
+
+        return Task(item.id, ask)
+
+    return Evaluation("needle", "functions", settings, [task(item) for item in plan.items])
+
+
+def _report(plan: Plan, exact: bool) -> None:
+    """Say on standard error what is not as it was asked."""
+    for length, missing in plan.missing.items():
+        print(f"{missing} items fewer at {length} tokens: its prompts hold no more functions there", file=sys.stderr)
+    if not exact:
+        print("the server has no tokenizer route: lengths are estimated, 10 % below what was asked", file=sys.stderr)
+
+
+async def _ask(client: Client, model: str, item: PlannedItem, request: ChatRequest, lines: int) -> Item:
+    answer = await ask_chat(client, model, request)
+    function = item.placed.function
+    asked, said = function.body[:lines], answer_lines(answer.text)
+    scores = score_lines(asked, said)
+    data: dict[str, Any] = {
+        "length": item.length_tokens,
+        "depth": item.depth_percent,
+        "actual_depth": round(100 * item.placed.depth, 2),
+        "counted_prompt_tokens": item.counted_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "haystack_sha256": item.haystack.sha256,
+        "file": function.file,
+        "function": function.name,
+        "signature": function.signature,
+        "asked": asked,
+        "answer": answer.text,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        "answer_tokens": answer.tokens,
+        "first_token_seconds": answer.first_token_seconds,
+        "total_seconds": answer.total_seconds,
+        "scores": {name: asdict(score) for name, score in scores.items()},
+        "invented_lines": invented_lines(function.body, function.signature, said),
+    }
+    return Item(item.id, "passed" if scores["exact"].passed else "failed", _why(scores, answer.finish_reason), data)
+
+
+def _why(scores: dict[str, Any], finish_reason: str) -> str:
+    if scores["exact"].passed:
+        return ""
+    forgiven = [name for name in ("rstrip", "strip") if scores[name].passed]
+    but = f"; passes under {forgiven[0]}" if forgiven else ""
+    cut = "; the answer's budget ended it (--max-tokens)" if finish_reason == "length" else ""
+    return f"{scores['exact'].lines} lines are exact{but}{cut}"

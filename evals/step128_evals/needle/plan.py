@@ -1,0 +1,145 @@
+"""Plan a run of the corrected mode: which function is asked about in which haystack, before anything is asked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from step128_evals.chat import ChatRequest, ask_chat
+from step128_evals.client import Client
+from step128_evals.errors import UnsupportedError
+from step128_evals.needle.functions import Function
+from step128_evals.needle.haystack import Haystack, Placed, build_haystack
+from step128_evals.needle.placing import depths_of_items, items_of_lengths, place
+from step128_evals.needle.question import question
+from step128_evals.needle.segments import Shelf
+from step128_evals.tokens import TokenCounter
+
+MAX_HAYSTACKS = 24
+"""Of one length: a short haystack has few functions, so that short lengths take several."""
+
+_UNKNOWN_TEMPLATE_TOKENS = 128
+_QUESTION_SLACK_TOKENS = 100  # what signature, name and file name add to a question; whose add more are not asked
+_JOINT_TOKENS = 8  # tokens may join, or part, where haystack, question and template meet
+_ESTIMATE_SHARE = 0.9  # of a length, where tokens are only estimated
+
+
+@dataclass(frozen=True)
+class PlannedItem:
+    """``length_tokens`` limits ``counted_tokens``, the whole prompt. ``depth_percent`` is the nearest wanted depth."""
+
+    length_tokens: int
+    depth_percent: int
+    haystack: Haystack
+    placed: Placed
+    counted_tokens: int
+
+    @property
+    def id(self) -> str:
+        """Names the question: the same in two runs only if they ask about the same function at the same place."""
+        function = self.placed.function
+        return f"{self.length_tokens}:{self.depth_percent}%:{function.file}:{function.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``missing``: for how many items there was no function, by length."""
+
+    items: tuple[PlannedItem, ...]
+    missing: dict[int, int]
+
+
+async def template_tokens(client: Client, model: str, counter: TokenCounter) -> int:
+    """How many tokens the server's chat template adds to a message, by one tiny request."""
+    content = "Hello"
+    answer = await ask_chat(client, model, ChatRequest([{"role": "user", "content": content}], 1, stream=False))
+    if answer.prompt_tokens is None:
+        return _UNKNOWN_TEMPLATE_TOKENS
+    return max(0, answer.prompt_tokens - await counter.count(content))
+
+
+async def plan_items(
+    shelf: Shelf,
+    counter: TokenCounter,
+    lengths: Sequence[int],
+    depths: Sequence[int],
+    items: int,
+    lines: int,
+    overhead_tokens: int,
+) -> Plan:
+    """Spread the items over lengths and depths, and find a function for each.
+
+    Args:
+        shelf: the corpus's files.
+        counter: counts tokens.
+        lengths: of prompts, in tokens; never exceeded.
+        depths: in percent.
+        items: how many in all; each asks about another function.
+        lines: asked of each function.
+        overhead_tokens: of the chat template.
+
+    Raises:
+        BadInputError: the corpus is too small.
+        UnsupportedError: a length is too short for any function.
+    """
+    empty = question(Function("", "", "", 0, 0, ()), lines)
+    steps = [right - left for left, right in itertools.pairwise(sorted(set(depths)))]
+    planner = _Planner(
+        shelf,
+        counter,
+        sorted(set(depths)),
+        lines,
+        overhead_tokens + _JOINT_TOKENS,
+        question_tokens=await counter.count(empty) + _QUESTION_SLACK_TOKENS,
+        tolerance_percent=max(1.0, min(steps, default=10) / 2),
+    )
+    for length, share in zip(lengths, items_of_lengths(lengths, items), strict=True):
+        await planner.plan_length(length, depths_of_items(sorted(depths), share))
+    return Plan(tuple(planner.items), planner.missing)
+
+
+@dataclass
+class _Planner:
+    shelf: Shelf
+    counter: TokenCounter
+    depths: list[int]
+    lines: int
+    overhead_tokens: int
+    question_tokens: int
+    tolerance_percent: float
+    position: int = 0
+    items: list[PlannedItem] = field(default_factory=list)
+    missing: dict[int, int] = field(default_factory=dict)
+
+    async def plan_length(self, length: int, wanted: list[int]) -> None:
+        share = 1.0 if self.counter.exact else _ESTIMATE_SHARE
+        limit = int(length * share) - self.overhead_tokens
+        for _ in range(MAX_HAYSTACKS):
+            if not wanted:
+                return
+            wanted = await self.plan_haystack(length, limit, wanted)
+        if not any(item.length_tokens == length for item in self.items):
+            raise UnsupportedError(
+                f"unsupported: prompts of {length} tokens have no function of {self.lines} lines at the wanted depths. "
+                "Longer prompts: --lengths; fewer lines: --lines."
+            )
+        self.missing[length] = len(wanted)
+
+    async def plan_haystack(self, length: int, limit: int, wanted: list[int]) -> list[int]:
+        """See what one more haystack has to offer; returns the depths still wanted."""
+        budget = limit - self.question_tokens
+        haystack, self.position = await build_haystack(self.shelf, self.counter, budget, self.position)
+        used = {(item.placed.function.file, item.placed.function.name) for item in self.items}
+        pairs, rest = place(wanted, haystack.placed, used, self.tolerance_percent)
+        if len(rest) < len(pairs):
+            # One more haystack for the few that are left would cost more than depths a little off.
+            pairs, rest = place(wanted, haystack.placed, used, 2 * self.tolerance_percent)
+        for depth, placed in pairs:
+            tokens = haystack.tokens + await self.counter.count(question(placed.function, self.lines))
+            if tokens <= limit:
+                nearest = min(self.depths, key=lambda step: abs(100 * placed.depth - step))
+                self.items.append(PlannedItem(length, nearest, haystack, placed, tokens + self.overhead_tokens))
+            else:
+                rest.append(depth)
+        return sorted(rest)

@@ -1,0 +1,214 @@
+"""`step128-eval needle` end to end on the oracle: the score is exactly what the oracle was told to answer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from needle_texts import copying, fenced, write_corpus
+from oracle import KEY, Oracle, Reply
+
+from step128_evals.cli import main
+from step128_evals.needle import summary
+from step128_evals.runs import read_run
+
+Needle = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def needle(
+    oracle: Oracle, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Needle:
+    """Runs the command: (exit code, report)."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    oracle.context_tokens = 10_000
+
+    def run(*options: str, items: int = 12) -> tuple[int, dict[str, Any]]:
+        common = ["--base-url", oracle.url, "--corpus", str(corpus), "--out", str(tmp_path / "needle.jsonl"), "--json"]
+        sizes = ["--lengths", "2k,4k", "--depths", "0,50,100", "--items", str(items)]
+        capsys.readouterr()
+        code = main(["needle", *common, *sizes, *options])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def asked(oracle: Oracle) -> list[dict[str, Any]]:
+    """The requests of items, without those that probe."""
+    return [body for body in oracle.chats() if "Write down" in str(body["messages"])]
+
+
+def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    code, report = needle(items=100)
+    assert code == 0
+    for name in ("exact", "rstrip", "strip"):
+        assert (report[name]["passed"], report[name]["rate"], report[name]["line_share"]) == (100, 1.0, 1.0)
+    assert report["exact"]["interval"] == {"low": pytest.approx(0.96301, abs=1e-5), "high": 1.0}
+    assert (report["answered"], report["invented_lines"], report["errors"]) == (100, 0, 0)
+    assert report["headline"].startswith("100 of 100 exact (95 %: 96.3 to 100.0 %), up to ")
+    assert sum(cell["answered"] for cell in report["cells"]) == 100
+    assert {(cell["length"], cell["depth"]) for cell in report["cells"]} == {
+        (length, depth) for length in (2048, 4096) for depth in (0, 50, 100)
+    }
+
+
+def every_third_wrong(change: Callable[[list[str]], Reply]) -> Callable[[list[str], int], Reply]:
+    return lambda lines, number: fenced(lines) if number % 3 else change(lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "exact", "rstrip", "strip", "line_share"),
+    [
+        (lambda lines: fenced([line.strip() for line in lines]), 8, 8, 12, 8 / 12),
+        (lambda lines: fenced([line + "\t" for line in lines]), 8, 12, 12, 8 / 12),
+        (lambda lines: fenced([row for line in lines for row in (line, "", " ")]), 12, 12, 12, 1.0),
+        (lambda lines: Reply("\n".join(lines)), 12, 12, 12, 1.0),
+        (lambda lines: Reply(f"Hm.</think>{fenced(lines).text}"), 12, 12, 12, 1.0),
+        (lambda lines: Reply(fenced(lines).text, reasoning=fenced(["no"]).text), 12, 12, 12, 1.0),
+        (lambda lines: Reply("<think>Hm", finish_reason="length"), 8, 8, 8, 8 / 12),
+        (lambda lines: Reply("", reasoning="Hm", finish_reason="length"), 8, 8, 8, 8 / 12),
+        (lambda lines: Reply("```\n" + "\n".join(lines[:5]), finish_reason="length"), 8, 8, 8, (8 + 4 * 0.25) / 12),
+        (lambda lines: fenced([*lines[:19], "    nothing = 0"]), 8, 8, 8, (8 + 4 * 0.95) / 12),
+    ],
+)
+def test_scores_are_exact(
+    oracle: Oracle,
+    needle: Needle,
+    change: Callable[[list[str]], Reply],
+    exact: int,
+    rstrip: int,
+    strip: int,
+    line_share: float,
+) -> None:
+    oracle.respond = copying(every_third_wrong(change))
+    code, report = needle()
+    assert code == 0
+    assert [report[name]["passed"] for name in ("exact", "rstrip", "strip")] == [exact, rstrip, strip]
+    assert report["exact"]["line_share"] == pytest.approx(line_share)
+
+
+@pytest.mark.parametrize(
+    "bad", [Reply(status=500), Reply("def x", cut_after=3), Reply(raw="{"), Reply(raw="data: {broken\n\n")]
+)
+def test_errors_are_no_failures_and_are_asked_again(oracle: Oracle, needle: Needle, tmp_path: Path, bad: Reply) -> None:
+    oracle.respond = copying(every_third_wrong(lambda _: bad))
+    code, report = needle()
+    assert code == 70
+    assert (report["answered"], report["request_errors"], report["exact"]["passed"]) == (8, 4, 8)
+    assert report["exact"]["rate"] == 1.0
+    before = len(asked(oracle))
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    code, report = needle()
+    assert code == 0
+    assert len(asked(oracle)) == before + 4
+    assert (report["answered"], report["exact"]["passed"], report["request_errors"]) == (12, 12, 0)
+
+
+def test_one_length_shares_its_haystack_and_the_question_is_last(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    needle("--max-tokens", "700", "--reasoning-effort", "low")
+    prompts = [body["messages"][0]["content"] for body in asked(oracle)]
+    haystacks = [prompt[: prompt.index("\n-----\n")] for prompt in prompts]
+    changes = sum(left != right for left, right in itertools.pairwise(haystacks))
+    assert changes == len(set(haystacks)) - 1 < 6
+    assert {(b["temperature"], b["max_tokens"], b["reasoning_effort"]) for b in asked(oracle)} == {(0, 700, "low")}
+
+
+def test_closed_book_asks_the_same_functions_without_the_haystack(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = lambda path, body: Reply("no idea") if "from memory" in str(body) else None
+    code, report = needle("--closed-book")
+    assert code == 0
+    assert (report["exact"]["passed"], report["closed_book"]) == (0, True)
+    assert max(len(body["messages"][0]["content"]) for body in asked(oracle)) < 1000
+    assert report["headline"].endswith("by heart")
+
+
+@pytest.mark.parametrize(
+    ("context", "options", "why"),
+    [
+        (3000, [], "a length of 4096 tokens is asked, and the model is served with a context of 3000"),
+        (None, ["--lengths", "200"], "too short"),
+        (10_000, ["--max-tokens", "9500"], "too short"),
+    ],
+)
+def test_a_small_context_is_said_before_anything_is_asked(
+    oracle: Oracle, needle: Needle, context: int | None, options: list[str], why: str
+) -> None:
+    oracle.context_tokens = context
+    code, report = needle(*options)
+    assert code == 4
+    assert why in report["error"]
+    assert not asked(oracle)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "why"),
+    [
+        (["--depths", "0,101"], 65, "percentages"),
+        (["--corpus", "/nowhere"], 66, "no such folder"),
+        (["--codeneedle", "."], 65, "belongs to --mode codeneedle"),
+        (["--lines", "90"], 65, "short enough"),
+    ],
+)
+def test_wrong_options(needle: Needle, options: list[str], code: int, why: str) -> None:
+    found, report = needle(*options)
+    assert found == code
+    assert why in report["error"]
+
+
+def test_another_run_is_not_mixed_in(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    assert needle()[0] == 0
+    code, report = needle("--max-tokens", "99")
+    assert code == 65
+    assert "max_tokens was 2500 and is now 99" in report["error"]
+
+
+def test_a_server_without_a_tokenizer_stays_below_its_lengths(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
+    oracle.lacking = frozenset({"/tokenize"})
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    code, report = needle()
+    assert (code, report["token_counts"], report["exact"]["passed"]) == (0, "estimated", 12)
+    for item in read_run(tmp_path / "needle.jsonl").items.values():
+        assert item.data["prompt_tokens"] <= item.data["length"]
+
+
+def test_text_and_markdown(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
+    oracle.respond = copying(every_third_wrong(lambda lines: fenced([line.strip() for line in lines])))
+    needle()
+    run = read_run(tmp_path / "needle.jsonl")
+    figures = summary.summarize(run)
+    text = summary.text(figures)
+    assert "8/12 = 66.7 % (95 %: 39.1 to 86.2); lines 66.7 %" in text
+    assert "12/12 = 100.0 %" in text
+    assert "names no corpus" in text
+    assert "standard library" not in text
+    report = summary.markdown(run, figures, tmp_path / "pictures")
+    assert "(needle.svg)" in report
+    assert (tmp_path / "pictures" / "needle.svg").read_text().startswith("<?xml")
+    assert report.count("passes under strip") == 4
+    assert sorted(summary.score(run).values()) == [0.0] * 4 + [1.0] * 8
+
+
+def test_a_partial_run_says_so(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
+    oracle.respond = copying(lambda lines, number: fenced(lines) if number < 5 else Reply(status=503))
+    assert needle()[0] == 70  # stopped after errors in a row
+    figures = summary.summarize(read_run(tmp_path / "needle.jsonl"))
+    assert (figures["answered"], figures["exact"]["passed"]) == (5, 5)
+    assert "5 of 12 items answered (partial)" in summary.text(figures)
+    path = tmp_path / "needle.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + "\n")
+    figures = summary.summarize(read_run(path))
+    assert figures["exact"]["rate"] is None
+    assert "nothing answered yet" in summary.text(figures) + summary.headline(figures)
+    summary.markdown(read_run(path), figures, tmp_path)

@@ -1,0 +1,198 @@
+"""``vision`` on the oracle: every right answer counts, every other does not, and blindness is found out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from typing import Any
+
+import pytest
+from oracle import Oracle, Reply
+from PIL import Image
+
+from step128_evals.cli import main
+from step128_evals.evaluation import summary_of
+from step128_evals.runs import read_run
+from step128_evals.vision.questions import make_questions
+
+OUT = "vision.jsonl"
+
+
+def run(oracle: Oracle, *options: str) -> int:
+    return main(["vision", "--base-url", oracle.url, "--out", OUT, *options])
+
+
+def seen(body: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """(text, SHA-256 of each picture's pixels) of a request, from what went over the wire."""
+    content = body["messages"][0]["content"]
+    if isinstance(content, str):
+        return content, ()
+    digests = []
+    for part in content[:-1]:
+        png = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        digests.append(hashlib.sha256(f"{image.width}x{image.height}\n".encode() + image.tobytes()).hexdigest())
+    return content[-1]["text"], tuple(digests)
+
+
+ANSWERS = {(q.text, tuple(p.sha256 for p in q.pictures)): q for q in make_questions(1)}
+
+
+def perfect(_path: str, body: dict[str, Any]) -> Reply:
+    """A model that sees: it knows the answer by the pixels, and nothing without them."""
+    question = ANSWERS.get(seen(body))
+    return Reply(question.answer if question else "I see no picture.")
+
+
+def test_perfect_sight_and_blindness(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = perfect
+    assert run(oracle, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["asked"], report["share"]) == (82, 82, 1.0)
+    assert report["interval"]["low"] == pytest.approx(0.9553, abs=1e-4)
+    assert (report["blind"]["passed"], report["blind"]["asked"], report["blind"]["pairs"]) == (0, 82, 82)
+    assert report["blind"]["p"] < 1e-20 and report["verdict"].startswith("it sees")
+    assert {name: row["asked"] for name, row in report["categories"].items()} == {
+        "bar chart": 12,
+        "line chart": 9,
+        "pie chart": 9,
+        "code": 10,
+        "table": 6,
+        "sentence": 6,
+        "counting": 8,
+        "position": 8,
+        "colour": 6,
+        "two pictures": 8,
+    }
+    assert report["sizes"]["up to 728 pixels"]["asked"] + report["sizes"]["above 728 pixels"]["asked"] == 82
+    assert not report["failures"] and not report["unsupported"]
+
+
+def test_a_guesser_does_not_see(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = lambda *_: Reply("4")
+    assert run(oracle, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    fours = sum(question.answer == "4" for question in make_questions(1))
+    assert fours > 0 and report["passed"] == report["blind"]["passed"] == fours
+    assert report["verdict"].startswith("no sign") and report["blind"]["p"] == 1.0
+    assert report["failures"] == {"wrong": 82 - fours}
+
+
+@pytest.mark.parametrize(
+    ("shape", "passed", "kind"),
+    [
+        ("**{}**.", 82, None),
+        ("I look.\n\nFinal answer: {}", 82, None),
+        ("<think>Is it 7?</think>{}", 82, None),
+        ("It is {}, I think", 0, "not alone"),
+        ("", 0, "no answer"),
+    ],
+)
+def test_forms_of_an_answer(
+    oracle: Oracle, capsys: pytest.CaptureFixture[str], shape: str, passed: int, kind: str | None
+) -> None:
+    oracle.respond = lambda path, body: Reply(shape.format(perfect(path, body).text))
+    assert run(oracle, "--json", "--no-blind") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] == passed and report["blind"] is None
+    assert report["failures"] == ({kind: 82} if kind else {})
+    assert "cannot be said" in report["verdict"]
+
+
+def test_cut_off_answers_are_named(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = lambda *_: Reply("", reasoning="Let me see", finish_reason="length")
+    assert run(oracle, "--json", "--no-blind", "--max-tokens", "5", "--reasoning-effort", "low") == 0
+    assert json.loads(capsys.readouterr().out)["failures"] == {"cut off": 82}
+    body = oracle.chats()[-1]
+    assert body["max_tokens"] == 5 and body["reasoning_effort"] == "low" and body["temperature"] == 0
+
+
+def test_no_images_is_unsupported(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    def text_only(_path: str, body: dict[str, Any]) -> Reply:
+        return Reply("image input is not supported", status=500) if seen(body)[1] else Reply("ok")
+
+    oracle.respond = text_only
+    assert run(oracle, "--json") == 4
+    out = capsys.readouterr()
+    assert "has no images" in json.loads(out.out)["error"] and "image input is not supported" in out.err
+
+
+def test_one_image_a_request_leaves_the_pairs_out(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    def single(path: str, body: dict[str, Any]) -> Reply:
+        return Reply("At most 1 image", status=400) if len(seen(body)[1]) > 1 else perfect(path, body)
+
+    oracle.respond = single
+    assert run(oracle, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["asked"]) == (74, 74)
+    assert len(report["unsupported"]) == 1 and "At most 1 image" in report["unsupported"][0]
+    assert (report["blind"]["asked"], report["blind"]["pairs"]) == (82, 74)
+
+
+def test_errors_are_no_failures_and_are_asked_again(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {q.text for q in make_questions(1) if q.category == "sentence"}
+
+    def respond(path: str, body: dict[str, Any]) -> Reply:
+        # The sentences differ in nothing but their pictures: every other one fails.
+        if seen(body)[0] in broken and len(oracle.chats()) % 2:
+            return Reply("out of memory", status=500)
+        return perfect(path, body)
+
+    oracle.respond = respond
+    assert run(oracle, "--json", "--no-blind", "--concurrency", "1") == 70
+    out = capsys.readouterr()
+    report = json.loads(out.out)
+    assert report["errors"] > 0 and report["passed"] == report["asked"] == 82 - report["errors"]
+    assert "out of memory" in out.err and report["missing"] == report["errors"]
+    oracle.respond = perfect
+    before = len(oracle.chats())
+    assert run(oracle, "--json", "--no-blind") == 0
+    assert json.loads(capsys.readouterr().out)["passed"] == 82
+    assert len(oracle.chats()) - before == report["errors"] + 3 + 1  # the probe's three, and the pair
+
+
+def test_summary_of_half_a_run(oracle: Oracle, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = perfect
+    assert run(oracle) == 0
+    out = capsys.readouterr().out
+    assert "82 answers" not in out and "82 of 82 answers are right" in out and "Rule:" in out
+    path = tmp_path / OUT
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:40]))
+    part = read_run(path)
+    module = summary_of("vision")
+    summary = module.summarize(part)
+    assert summary["asked"] == 39 and summary["missing"] == 164 - 39
+    assert "Not whole: 125 of 164" in module.text(summary)
+    assert module.headline(summary).startswith("39 of 39 right (95 %: ")
+    assert len(module.score(part)) == 39 and set(module.score(part).values()) == {1.0}
+    empty = read_run(_only_manifest(path, lines))
+    assert module.headline(module.summarize(empty)) == "nothing answered"
+    assert "0 of 0" in module.text(module.summarize(empty))
+
+
+def _only_manifest(path: Any, lines: list[bytes]) -> Any:
+    path.write_bytes(lines[0])
+    return path
+
+
+def test_report_has_a_picture(oracle: Oracle, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = perfect
+    assert run(oracle) == 0
+    found = read_run(tmp_path / OUT)
+    module = summary_of("vision")
+    section = module.markdown(found, module.summarize(found), tmp_path)
+    assert "(vision.svg)" in section and "| two pictures | 8 of 8 |" in section
+    assert "<svg" in (tmp_path / "vision.svg").read_text()
+    assert len(module.score(found)) == 82  # without the blind ones
+
+
+def test_items_can_be_scored_anew(oracle: Oracle, tmp_path: Any) -> None:
+    oracle.respond = perfect
+    assert run(oracle, "--no-blind") == 0
+    item = read_run(tmp_path / OUT).items["0.code-3024-36px"]
+    assert item.data["said"] == item.data["expected"] == item.data["answer"]["text"]
+    assert item.data["pictures"][0]["width"] == 3024 and len(item.data["pictures"][0]["sha256"]) == 64
+    assert item.data["largest_side_pixels"] == 3024

@@ -1,0 +1,189 @@
+"""The pictures and the rule of ``vision``: the answers are recomputed from the pixels where pixels can say it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from step128_evals.chat import Answer
+from step128_evals.vision.answers import final_answer, find_failure, is_right
+from step128_evals.vision.drawing import COLOURS, SHAPES, TILE, Canvas
+from step128_evals.vision.questions import make_questions, questions_sha256, save_images
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=np.int32)
+
+
+def islands(mask: np.ndarray) -> int:
+    """Number of connected areas (4 neighbours)."""
+    from scipy import ndimage
+
+    return int(ndimage.label(mask)[1])
+
+
+def test_the_set_is_the_same_every_time() -> None:
+    questions = make_questions(1)
+    make_questions.cache_clear()
+    again = make_questions(1)
+    assert questions_sha256(questions) == questions_sha256(again)
+    assert len({q.id for q in questions}) == len(questions) == 82
+    assert max(q.largest_side for q in questions) == 3024 and min(q.largest_side for q in questions) < TILE[0]
+    for question in questions:
+        for picture in question.pictures:
+            size = f"{picture.width}x{picture.height}\n".encode()
+            found = pixels(picture.png).astype(np.uint8)
+            assert found.shape == (picture.height, picture.width, 3)
+            assert hashlib.sha256(size + found.tobytes()).hexdigest() == picture.sha256
+
+
+def test_another_set_asks_for_other_things() -> None:
+    first, second = make_questions(2)[:82], make_questions(2)[82:]
+    assert first == make_questions(1)
+    assert {q.id.replace("0.", "1.", 1) for q in first} == {q.id for q in second}
+    assert not {p.sha256 for q in first for p in q.pictures} & {p.sha256 for q in second for p in q.pictures}
+
+
+@pytest.mark.parametrize("size", [448, 728, 1512, 2016])
+def test_shapes_of_a_colour_are_as_many_as_the_answer_says(size: int) -> None:
+    question = next(q for q in make_questions(1) if q.id == f"0.count-colour-{size}")
+    colour = next(name for name in COLOURS if f"are {name}?" in question.text)
+    mask = (pixels(question.pictures[0].png) == COLOURS[colour]).all(axis=2)
+    assert islands(mask) == int(question.answer)
+
+
+def test_bars_are_as_many_and_as_high_as_the_answers_say() -> None:
+    for size in (448, 728, 1512, 2016):
+        by_place = {q.id[-1]: q for q in make_questions(1) if q.id.startswith(f"0.bar-{size}")}
+        mask = (pixels(by_place["1"].pictures[0].png) == COLOURS["blue"]).all(axis=2)
+        assert islands(mask) == int(by_place["3"].answer)
+
+
+def test_values_without_a_label_lie_on_a_grid_line() -> None:
+    for question in make_questions(1):
+        if question.id in ("0.bar-728-1", "0.bar-2016-1") or (
+            question.id.startswith("0.line-") and question.id[-1] == "1"
+        ):
+            assert int(question.answer) % 5 == 0
+
+
+def test_one_shape_changes_its_colour_and_nothing_else() -> None:
+    for question in (q for q in make_questions(1) if "pair-change" in q.id):
+        one, two = (pixels(picture.png) for picture in question.pictures)
+        changed = (one != two).any(axis=2)
+        assert islands(changed) == 1
+        assert {tuple(colour) for colour in two[changed]} == {COLOURS[question.answer]}
+
+
+def test_codes_lie_whole_in_the_picture() -> None:
+    for question in (q for q in make_questions(1) if q.category == "code"):
+        dark = (pixels(question.pictures[0].png) < 128).all(axis=2)
+        assert 5 <= islands(dark) <= 12 and not dark[0].any() and not dark[-1].any()
+        assert not dark[:, 0].any() and not dark[:, -1].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_stays_in_its_circle(shape: str) -> None:
+    canvas = Canvas((200, 200))
+    canvas.shape(shape, (100, 100), 80, "red")
+    mask = (pixels(canvas.picture().png) == COLOURS["red"]).all(axis=2)
+    rows, columns = np.nonzero(mask)
+    assert islands(mask) == 1 and mask.sum() > 4000
+    assert np.hypot(rows - 100, columns - 100).max() <= 81.5
+
+
+def test_saved_images(tmp_path: Path) -> None:
+    questions = tuple(q for q in make_questions(1) if q.id in ("0.code-448-20px", "0.pair-code-448"))
+    assert save_images(questions, tmp_path / "new" / "folder") == 3
+    rows = json.loads((tmp_path / "new" / "folder" / "questions.json").read_text())
+    assert [row["answer"] for row in rows] == [q.answer for q in questions]
+    names = {entry["file"] for row in rows for entry in row["pictures"]}
+    assert names == {path.name for path in (tmp_path / "new" / "folder").glob("*.png")} and len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("42", "42"),
+        (" 42.\n", "42"),
+        ("**42**", "42"),
+        ('"Plum".', "Plum"),
+        ("**`Plum`**.", "Plum"),
+        ("I count.\nAnswer: 42", "42"),
+        ("The answer is: Plum.", "Plum"),
+        ("**Answer:** Plum", "Plum"),
+        ("$\\boxed{42}$", "42"),
+        ("\\boxed{\\text{Plum}}", "Plum"),
+        ("<think>\n41?\n</think>\n\n42", "42"),
+        ("42\n\n", "42"),
+        ("", ""),
+        ("  \n ", ""),
+    ],
+)
+def test_final_answer(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("1240", "1240", True),
+        ("1,240", "1240", True),
+        ("1 240", "1240", True),
+        ("1\u202f240", "1240", True),
+        ("1240.0", "1240", True),
+        ("25 %", "25", True),
+        ("12,40", "1240", False),
+        ("1.240", "1240", False),
+        ("124", "1240", False),
+        ("1240 pieces", "1240", False),
+        ("about 1240", "1240", False),
+        ("four", "4", False),
+        ("٤", "4", False),
+        ("", "4", False),
+        ("4" * 5000, "4", False),
+    ],
+)
+def test_numbers(answer: str, expected: str, right: bool) -> None:
+    assert is_right(answer, expected, "number") is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("plum", "Plum", True),
+        ("Our  neighbour sang.", "Our neighbour sang.", True),
+        ("Our neighbour sang", "Our neighbour sang.", True),
+        ("Our neighbor sang", "Our neighbour sang.", False),
+        ("k7qm2x", "K7QM2X", True),
+        ("K7QM2", "K7QM2X", False),
+        ("K7QM2X1", "K7QM2X", False),
+        ("K7 QM2X", "K7QM2X", False),
+    ],
+)
+def test_texts(answer: str, expected: str, right: bool) -> None:
+    assert is_right(answer, expected, "text") is right
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "failure"),
+    [
+        ("4", "stop", None),
+        ("4", "length", None),
+        ("14", "stop", "wrong"),
+        ("There are 4 of them", "stop", "not alone"),
+        ("There are 14 of them", "stop", "wrong"),
+        ("", "stop", "no answer"),
+        ("<think>4</think>", "stop", "no answer"),
+        ("There are", "length", "cut off"),
+    ],
+)
+def test_failures(text: str, finish: str, failure: str | None) -> None:
+    answer = Answer(text, "", (), finish, 1, 0.1, 0.2)
+    assert find_failure(answer, "4", "number") == failure
