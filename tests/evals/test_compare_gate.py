@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from made_runs import make
 from step128_evals.cli import main
 from step128_evals.compare.pairs import compare_runs
 from step128_evals.errors import BadInputError
+from step128_evals.evaluation import SUMMARIES
+from step128_evals.gate.rules import read_rules
+
+ROOT = Path(__file__).parents[2]
+SUMMARIES_AS_SHIPPED = dict(SUMMARIES)
+FIXED_NAMES = {"exact", "cold", "outcome"}  # of dataclasses and of tuples
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +63,7 @@ def test_other_questions_are_refused(tmp_path: Path) -> None:
     one = make(tmp_path / "a.jsonl", passes(3, 0), seed=42)
     with pytest.raises(BadInputError, match="did not ask the same: seed is 42 and 43"):
         compare_runs(one, make(tmp_path / "b.jsonl", passes(3, 0), seed=43))
+    assert compare_runs(one, make(tmp_path / "how.jsonl", passes(3, 0), seed=42, dialect="echo")).pairs == 3
     with pytest.raises(BadInputError, match="is of the eval tools"):
         compare_runs(one, make(tmp_path / "c.jsonl", passes(3, 0), "ppl", seed=42))
     with pytest.raises(BadInputError, match="no scored item in common"):
@@ -141,6 +149,17 @@ def test_bad_yaml(tmp_path: Path, content: str, message: str, capsys: pytest.Cap
     make(tmp_path / "a.jsonl", passes(1, 0))
     assert main(["gate", "gates.yaml", "a.jsonl"]) == 65
     assert message in capsys.readouterr().err
+
+
+def test_shipped_thresholds_name_figures_that_are_there() -> None:
+    """Each rule's figure is a key in the code of its eval's summary: the names cannot drift apart unseen."""
+    for rule in read_rules(ROOT / "configs/evals/release.yaml"):
+        if rule.figure:
+            module = importlib.import_module(SUMMARIES_AS_SHIPPED[rule.eval])
+            folder = Path(str(module.__file__)).parent
+            code = "".join(path.read_text() for path in folder.rglob("*.py"))
+            for part in rule.figure.split("."):
+                assert part.isdigit() or part in FIXED_NAMES or f'"{part}"' in code, rule
 
 
 def test_two_files_of_one_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

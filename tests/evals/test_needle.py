@@ -49,7 +49,7 @@ def asked(oracle: Oracle) -> list[dict[str, Any]]:
 
 def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     oracle.respond = copying(lambda lines, _: fenced(lines))
-    code, report = needle(items=100)
+    code, report = needle("--lengths", "4k,8k", items=100)
     assert code == 0
     for name in ("exact", "rstrip", "strip"):
         assert (report[name]["passed"], report[name]["rate"], report[name]["line_share"]) == (100, 1.0, 1.0)
@@ -58,48 +58,47 @@ def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     assert report["headline"].startswith("100 of 100 exact (95 %: 96.3 to 100.0 %), up to ")
     assert sum(cell["answered"] for cell in report["cells"]) == 100
     assert {(cell["length"], cell["depth"]) for cell in report["cells"]} == {
-        (length, depth) for length in (2048, 4096) for depth in (0, 50, 100)
+        (length, depth) for length in (4096, 8192) for depth in (0, 50, 100)
     }
+
+
+PERFECT, INDENTATION, LINE_ENDS, FAILED = (1, 1, 1), (0, 0, 1), (0, 1, 1), (0, 0, 0)
+KINDS: list[tuple[Callable[[list[str]], Reply], tuple[int, int, int], float]] = [
+    (fenced, PERFECT, 1),
+    (lambda lines: Reply("\n".join(lines)), PERFECT, 1),
+    (lambda lines: fenced([row for line in lines for row in (line, "", " ")]), PERFECT, 1),
+    (lambda lines: Reply(f"Hm.</think>{fenced(lines).text}"), PERFECT, 1),
+    (lambda lines: Reply(fenced(lines).text, reasoning=fenced(["no"]).text), PERFECT, 1),
+    (lambda lines: fenced([line.strip() for line in lines]), INDENTATION, 0),
+    (lambda lines: fenced([line + "\t" for line in lines]), LINE_ENDS, 0),
+    (lambda lines: Reply("<think>Hm", finish_reason="length"), FAILED, 0),
+    (lambda lines: Reply("", reasoning="Hm", finish_reason="length"), FAILED, 0),
+    (lambda lines: Reply("```\n" + "\n".join(lines[:5]), finish_reason="length"), FAILED, 0.25),
+    (lambda lines: fenced([*lines[:19], "    nothing = 0"]), FAILED, 0.95),
+    (lambda lines: Reply("I do not know."), FAILED, 0),
+]
+"""What is answered; whether it passes under exact, rstrip and strip; the share of exact lines."""
+
+
+def test_scores_are_exact(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = copying(lambda lines, number: KINDS[number][0](lines))
+    code, report = needle(items=len(KINDS))
+    assert code == 0
+    for index, name in enumerate(("exact", "rstrip", "strip")):
+        assert report[name]["passed"] == sum(passes[index] for _, passes, _ in KINDS)
+    assert report["exact"]["line_share"] == pytest.approx(sum(share for _, _, share in KINDS) / len(KINDS))
+    assert (report["cut_by_budget"], report["invented_lines"]) == (3, 2)
+    items = read_run(Path(report["results"])).items.values()
+    for item, (_, passes, share) in zip(items, KINDS, strict=True):
+        assert item.status == ("passed" if passes[0] else "failed")
+        assert item.data["scores"]["exact"] == {"passed": bool(passes[0]), "lines": round(20 * share)}
 
 
 def every_third_wrong(change: Callable[[list[str]], Reply]) -> Callable[[list[str], int], Reply]:
     return lambda lines, number: fenced(lines) if number % 3 else change(lines)
 
 
-@pytest.mark.parametrize(
-    ("change", "exact", "rstrip", "strip", "line_share"),
-    [
-        (lambda lines: fenced([line.strip() for line in lines]), 8, 8, 12, 8 / 12),
-        (lambda lines: fenced([line + "\t" for line in lines]), 8, 12, 12, 8 / 12),
-        (lambda lines: fenced([row for line in lines for row in (line, "", " ")]), 12, 12, 12, 1.0),
-        (lambda lines: Reply("\n".join(lines)), 12, 12, 12, 1.0),
-        (lambda lines: Reply(f"Hm.</think>{fenced(lines).text}"), 12, 12, 12, 1.0),
-        (lambda lines: Reply(fenced(lines).text, reasoning=fenced(["no"]).text), 12, 12, 12, 1.0),
-        (lambda lines: Reply("<think>Hm", finish_reason="length"), 8, 8, 8, 8 / 12),
-        (lambda lines: Reply("", reasoning="Hm", finish_reason="length"), 8, 8, 8, 8 / 12),
-        (lambda lines: Reply("```\n" + "\n".join(lines[:5]), finish_reason="length"), 8, 8, 8, (8 + 4 * 0.25) / 12),
-        (lambda lines: fenced([*lines[:19], "    nothing = 0"]), 8, 8, 8, (8 + 4 * 0.95) / 12),
-    ],
-)
-def test_scores_are_exact(
-    oracle: Oracle,
-    needle: Needle,
-    change: Callable[[list[str]], Reply],
-    exact: int,
-    rstrip: int,
-    strip: int,
-    line_share: float,
-) -> None:
-    oracle.respond = copying(every_third_wrong(change))
-    code, report = needle()
-    assert code == 0
-    assert [report[name]["passed"] for name in ("exact", "rstrip", "strip")] == [exact, rstrip, strip]
-    assert report["exact"]["line_share"] == pytest.approx(line_share)
-
-
-@pytest.mark.parametrize(
-    "bad", [Reply(status=500), Reply("def x", cut_after=3), Reply(raw="{"), Reply(raw="data: {broken\n\n")]
-)
+@pytest.mark.parametrize("bad", [Reply(status=500), Reply("x" * 99, cut_after=3), Reply(raw="{")])
 def test_errors_are_no_failures_and_are_asked_again(oracle: Oracle, needle: Needle, tmp_path: Path, bad: Reply) -> None:
     oracle.respond = copying(every_third_wrong(lambda _: bad))
     code, report = needle()
@@ -177,7 +176,7 @@ def test_another_run_is_not_mixed_in(oracle: Oracle, needle: Needle) -> None:
 def test_a_server_without_a_tokenizer_stays_below_its_lengths(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
     oracle.lacking = frozenset({"/tokenize"})
     oracle.respond = copying(lambda lines, _: fenced(lines))
-    code, report = needle()
+    code, report = needle("--lengths", "4k,8k")
     assert (code, report["token_counts"], report["exact"]["passed"]) == (0, "estimated", 12)
     for item in read_run(tmp_path / "needle.jsonl").items.values():
         assert item.data["prompt_tokens"] <= item.data["length"]

@@ -18,7 +18,7 @@ from step128_evals.needle.codeneedle.scoring import count_lines, relaxed, strict
 from step128_evals.needle.codeneedle.targets import Target, draw, find_targets
 from step128_evals.runs import read_run
 
-BODY = [f"    line {number}" if number % 5 != 2 else "" for number in range(1, 71)]
+BODY = [f"    line {number}" if number % 5 != 4 else "" for number in range(1, 71)]
 ASKED, BONUS = BODY[:20], BODY[20:60]
 TEXT = "\n".join(ASKED)
 
@@ -26,7 +26,7 @@ TEXT = "\n".join(ASKED)
 def test_javascript_functions_are_named_by_themselves_or_their_place() -> None:
     found = find_targets(JAVASCRIPT, "js", "script.js")
     assert [target.name for target in found] == ["plain", "arrow", "made", "entry", "named", "method"]
-    assert [target.start_line for target in found] == [3, 27, 51, 75, 98, 122]
+    assert [target.start_line for target in found] == [3, 27, 51, 75, 98, 123]
     assert all(len(target.body) == 22 for target in found)
     assert found[0].body[:5] == (*(f"    value += {n};" for n in range(1, 5)), "")
 
@@ -60,7 +60,7 @@ def test_the_draw_takes_one_of_each_stretch() -> None:
         (TEXT, 20, 0, 0, 20),
         (TEXT + "\n", 20, 0, 0, 20),
         ("\n".join(line + "  " for line in ASKED), 20, 0, 0, 20),
-        ("\n".join(BODY), 20, 8, 39, 20),  # lines 61 to 70 are beyond the bonus, of which two are blank
+        ("\n".join(BODY), 20, 8, 40, 20),  # lines 61 to 70 are beyond the bonus, of which two are blank
         (f"```\n{TEXT}\n```", 20, 0, 0, 20),
         (f"Here:\n```js\n{TEXT}\n```\nDone.", 20, 0, 0, 20),
         (f"```js\n{TEXT}", 20, 0, 0, 20),
@@ -177,13 +177,13 @@ def test_a_run_has_the_benchmarks_figures(run: Run) -> None:
     code, report = run.of_clone()
     assert code == 0
     even = sum(int(name[-2:]) % 2 == 0 for name in read_run(run.out).items)
-    blanks = 3  # the only lines without indentation to lose
+    blanks = 2  # the only lines without indentation to lose
     assert (report["answered"], report["strict"]["passed"], report["relaxed"]["passed"]) == (16, even, 16)
     assert (report["strict"]["lines_matched"], report["strict"]["lines_asked"]) == (
         20 * even + blanks * (16 - even),
         320,
     )
-    assert report["strict"]["hallucinated"] == 17 * (16 - even)
+    assert report["strict"]["hallucinated"] == 18 * (16 - even)
     assert report["relaxed"]["lines_matched"] == 320
     bodies = [body for body in run.oracle.chats() if job_lines(body)]
     assert {(body["temperature"], body["max_tokens"], body["stream"]) for body in bodies} == {(0, 6000, False)}
@@ -207,11 +207,15 @@ def test_think_leaves_the_suffix_out_and_is_another_run(run: Run) -> None:
 )
 def test_errors_are_no_failures_and_are_asked_again(run: Run, bad: Reply) -> None:
     run.oracle.respond = lambda path, body: (
-        None if (lines := job_lines(body)) is None else bad if "_1" in lines[0] else Reply("\n".join(lines))
+        None
+        if (lines := job_lines(body)) is None
+        else bad
+        if lines[0][-6:-4] in ("04", "13")
+        else Reply("\n".join(lines))
     )
     code, report = run.of_clone("--concurrency", "1")
     assert code == 70
-    assert report.get("error") or report["strict"]["passed"] == report["answered"] == 16 - report["request_errors"]
+    assert report["strict"]["passed"] == report["answered"] == 16 - report["request_errors"] < 16
     run.oracle.respond = lambda path, body: Reply("\n".join(lines)) if (lines := job_lines(body)) else None
     kept = len(read_run(run.out).with_status("passed"))
     before = len([body for body in run.oracle.chats() if job_lines(body)])
@@ -224,5 +228,5 @@ def test_a_corpus_that_does_not_fit_is_said_before_anything_is_asked(run: Run) -
     run.oracle.context_tokens = 7000
     code, report = run.of_clone()
     assert code == 4
-    assert "are served" in report["error"] or "is served with 7000" in report["error"]
+    assert "need 6" in report["error"] or "is served with 7000" in report["error"]
     assert not any(job_lines(body) for body in run.oracle.chats())

@@ -107,7 +107,7 @@ def test_a_haystack_keeps_its_budget_and_its_word(corpus: Corpus, case: int) -> 
 
 
 def test_a_plan_keeps_every_length_and_asks_each_function_once(corpus: Corpus) -> None:
-    planned, _ = plan(corpus, [3072, 4096, 8192], 50)
+    planned, _ = plan(corpus, [4096, 6144, 8192], 50)
     assert not planned.missing
     assert len({item.id for item in planned.items}) == len(planned.items) == 50
     assert len({(item.placed.function.file, item.placed.function.name) for item in planned.items}) == 50

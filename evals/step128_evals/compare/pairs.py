@@ -14,6 +14,9 @@ from step128_evals.runs import Run
 from step128_evals.stats import CONFIDENCE, Interval, bootstrap, mcnemar, mean_interval
 
 LOWER_IS_BETTER = frozenset({"ppl"})
+HOW_IT_WAS_ASKED = frozenset({"dialect", "dtype", "device", "reference", "top_k", "token_counts", "thinking"})
+"""Settings that name a server's way of being asked; what is asked is the same with any of them."""
+
 SIGNIFICANCE = round(1 - CONFIDENCE, 6)
 
 
@@ -107,8 +110,8 @@ def _refuse_other_questions(before: Run, after: Run) -> None:
     one, other = before.manifest, after.manifest
     if one.eval != other.eval:
         raise BadInputError(f"{before.path} is of the eval {one.eval}, {after.path} of {other.eval}")
-    settings = one.settings | other.settings
-    different = [name for name in settings if one.settings.get(name) != other.settings.get(name)]
+    names = (one.settings | other.settings).keys() - HOW_IT_WAS_ASKED
+    different = sorted(name for name in names if one.settings.get(name) != other.settings.get(name))
     if different:
         name = different[0]
         values = [json.dumps(run.settings.get(name))[:100] for run in (one, other)]

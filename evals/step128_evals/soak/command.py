@@ -70,8 +70,8 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
     long_tokens = parsed.long_tokens or min(_LONG_LIMIT_TOKENS, int((context or _LONG_LIMIT_TOKENS) * _LONG_SHARE))
     if context is not None and long_tokens + parsed.max_tokens > context:
         raise BadInputError(
-            f"{long_tokens} prompt tokens and {parsed.max_tokens} generated ones do not fit into the server's context of "
-            f"{context}: choose smaller --long-tokens or --max-tokens"
+            f"{long_tokens} prompt tokens and {parsed.max_tokens} generated ones do not fit into the server's context "
+            f"of {context}: choose smaller --long-tokens or --max-tokens"
         )
     plan = Plan(parsed.minutes * 60, parsed.concurrency, _taken(parsed.kinds, endpoint), SEED)
     settings = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from step128_evals.chat import SEED, Answer, ChatRequest, ask_chat
 from step128_evals.client import Client
 from step128_evals.completion import complete
 from step128_evals.depth.prompts import PromptMaker
+from step128_evals.errors import EvalError
 from step128_evals.probe import Endpoint
 from step128_evals.smoke import draw_picture
 from step128_evals.soak.plan import Request
@@ -82,27 +82,18 @@ class Asker:
 
     async def _cancelled(self, chat: ChatRequest, pieces: int) -> dict[str, Any]:
         """Break off a stream after so many pieces, as a user who closes the window does."""
-        said = 0
-        enough = asyncio.Event()
-
-        def say(_: str) -> None:
-            nonlocal said
-            said += 1
-            if said >= pieces:
-                enough.set()
-
-        asking = asyncio.ensure_future(ask_chat(self.client, self.endpoint.model, chat, say))
-        waiting = asyncio.ensure_future(enough.wait())
-        try:
-            await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return _kept(asking.result()) | {"cancelled": False}
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            return {"cancelled": True, "pieces": said}
-        finally:
-            waiting.cancel()
-            asking.cancel()
+        taken, finish_reason = 0, None
+        with self.client.explained():
+            create: Any = self.client.openai.chat.completions.create
+            async with await create(**chat.body(self.endpoint.model)) as stream:
+                async for chunk in stream:
+                    taken += len(chunk.choices[:1])
+                    finish_reason = next((choice.finish_reason for choice in chunk.choices), None)
+                    if finish_reason or taken >= pieces:
+                        break
+        if not finish_reason and taken < pieces:
+            raise EvalError(f"the stream ended without a finish reason after {taken} pieces")
+        return {"cancelled": not finish_reason, "pieces": taken}
 
 
 def _kept(answer: Answer) -> dict[str, Any]:
