@@ -49,7 +49,7 @@ def asked(oracle: Oracle) -> list[dict[str, Any]]:
 
 def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     oracle.respond = copying(lambda lines, _: fenced(lines))
-    code, report = needle("--lengths", "4k,8k", items=100)
+    code, report = needle("--lengths", "4k,7k", items=100)
     assert code == 0
     for name in ("exact", "rstrip", "strip"):
         assert (report[name]["passed"], report[name]["rate"], report[name]["line_share"]) == (100, 1.0, 1.0)
@@ -58,7 +58,7 @@ def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     assert report["headline"].startswith("100 of 100 exact (95 %: 96.3 to 100.0 %), up to ")
     assert sum(cell["answered"] for cell in report["cells"]) == 100
     assert {(cell["length"], cell["depth"]) for cell in report["cells"]} == {
-        (length, depth) for length in (4096, 8192) for depth in (0, 50, 100)
+        (length, depth) for length in (4096, 7168) for depth in (0, 50, 100)
     }
 
 

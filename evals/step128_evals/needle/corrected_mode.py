@@ -34,6 +34,12 @@ async def corrected_evaluation(parsed: argparse.Namespace, client: Client, endpo
         raise BadInputError("--depths are percentages, 0 to 100")
     answer_tokens = answer_budget(parsed.max_tokens, endpoint.max_context_tokens)
     lengths = prompt_lengths(parsed.lengths, endpoint.max_context_tokens, answer_tokens)
+    for length in sorted(set(parsed.lengths or []) - set(lengths)):
+        print(
+            f"{length} tokens and an answer of {answer_tokens} are more than the context of "
+            f"{endpoint.max_context_tokens}: prompts have {lengths[-1]} tokens instead",
+            file=sys.stderr,
+        )
     corpus = python_corpus(parsed.corpus)
     dialect = endpoint.how("tokenize") if endpoint.can("tokenize") else None
     counter = await find_counter(client, endpoint.model, dialect, corpus.files[0].text[: lengths[0]])
