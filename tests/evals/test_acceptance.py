@@ -68,9 +68,7 @@ def test_exact_rates_of_each_domain(server: Counting, capsys: pytest.CaptureFixt
         rates = [row["rate"] for row in figures["positions"].values()]
         assert rates == pytest.approx([count / drafts for count in accepted])
         conditional = [row["conditional"] for row in figures["positions"].values()]
-        assert conditional == pytest.approx(
-            [accepted[0] / drafts, *(b / a for a, b in itertools.pairwise(accepted))]
-        )
+        assert conditional == pytest.approx([accepted[0] / drafts, *(b / a for a, b in itertools.pairwise(accepted))])
         assert figures["mean_accepted_length"] == pytest.approx(1 + sum(accepted) / drafts)
         assert figures["generated_tokens"] == 8 * seen.count(domain)
     totals = [sum(DRAFTS[domain][0] for domain in seen), *(sum(DRAFTS[d][1][i] for d in seen) for i in range(3))]
@@ -112,7 +110,7 @@ def test_text_is_one_domain_with_the_keys_that_others_read(
 def test_text_for_people(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(server.oracle, *SMALL, "--domains", "chat,code") == 0
     out = capsys.readouterr().out
-    assert "6 prompts, greedy, one at a time; MTP, 3 drafted tokens a step." in out
+    assert "6 prompts, greedy, one at a time; MTP 3, that is up to 3 drafted a step." in out
     assert "The model card gives 0.92, 0.75, 0.55, for a text and a convention that it does not name." in out
     assert "Read as cumulative: conditional 0.92 / 0.82 / 0.73, 3.22 tokens a step." in out
     assert "Read as conditional: cumulative 0.92 / 0.69 / 0.38, 2.99 tokens a step." in out

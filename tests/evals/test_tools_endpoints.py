@@ -108,6 +108,15 @@ def test_without_tools(ask: Ask, oracle: Oracle) -> None:
     assert code == 4 and "has no tools" in report["error"]
 
 
+def test_tools_that_do_not_reach_the_prompt(ask: Ask, oracle: Oracle) -> None:
+    """As llama.cpp's server with a template that has none: the oracle counts messages only."""
+    oracle.respond = changed(lambda body, reply: Reply("Hello!") if body["max_tokens"] == 1 else reply)
+    code, report = ask(*SMALL)
+    assert code == 4 and "leaves them out of the prompt, which has 1 tokens with and without" in report["error"]
+    oracle.respond = changed(lambda body, reply: Reply("Hi", usage=False) if body["max_tokens"] == 1 else reply)
+    assert ask(*SMALL)[0] == 0
+
+
 def test_tool_choices_that_are_refused(ask: Ask, oracle: Oracle) -> None:
     def change(body: dict[str, Any], reply: Reply) -> Reply:
         return Reply("tool_choice must be auto", status=400) if body.get("tool_choice", "auto") != "auto" else reply

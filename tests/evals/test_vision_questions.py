@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from step128_evals.chat import Answer
+from step128_evals.vision import questions
 from step128_evals.vision.answers import final_answer, find_failure, is_right
 from step128_evals.vision.drawing import COLOURS, SHAPES, TILE, Canvas
 from step128_evals.vision.questions import make_questions, questions_sha256, save_images
@@ -28,14 +29,11 @@ def islands(mask: np.ndarray) -> int:
     return int(ndimage.label(mask)[1])
 
 
-def test_the_set_is_the_same_every_time() -> None:
-    questions = make_questions(1)
-    make_questions.cache_clear()
-    again = make_questions(1)
-    assert questions_sha256(questions) == questions_sha256(again)
-    assert len({q.id for q in questions}) == len(questions) == 82
-    assert max(q.largest_side for q in questions) == 3024 and min(q.largest_side for q in questions) < TILE[0]
-    for question in questions:
+def test_the_whole_set() -> None:
+    whole = make_questions(1)
+    assert len({q.id for q in whole}) == len(whole) == 82
+    assert max(q.largest_side for q in whole) == 3024 and min(q.largest_side for q in whole) < TILE[0]
+    for question in whole[::9]:
         for picture in question.pictures:
             size = f"{picture.width}x{picture.height}\n".encode()
             found = pixels(picture.png).astype(np.uint8)
@@ -43,9 +41,13 @@ def test_the_set_is_the_same_every_time() -> None:
             assert hashlib.sha256(size + found.tobytes()).hexdigest() == picture.sha256
 
 
-def test_another_set_asks_for_other_things() -> None:
-    first, second = make_questions(2)[:82], make_questions(2)[82:]
-    assert first == make_questions(1)
+def test_a_seed_decides_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {name: questions._MAKERS[name] for name in ("pie", "table")}
+    monkeypatch.setattr(questions, "_MAKERS", some)
+    make = make_questions.__wrapped__  # without the cache
+    one, two, other = make(1), make(2), make(1, seed=7)
+    assert questions_sha256(two[: len(one)]) == questions_sha256(one) != questions_sha256(other)
+    first, second = two[: len(one)], two[len(one) :]
     assert {q.id.replace("0.", "1.", 1) for q in first} == {q.id for q in second}
     assert not {p.sha256 for q in first for p in q.pictures} & {p.sha256 for q in second for p in q.pictures}
 
@@ -67,9 +69,7 @@ def test_bars_are_as_many_and_as_high_as_the_answers_say() -> None:
 
 def test_values_without_a_label_lie_on_a_grid_line() -> None:
     for question in make_questions(1):
-        if question.id in ("0.bar-728-1", "0.bar-2016-1") or (
-            question.id.startswith("0.line-") and question.id[-1] == "1"
-        ):
+        if question.id in ("0.bar-728-1", "0.bar-2016-1", "0.line-448-1", "0.line-728-1", "0.line-2016-1"):
             assert int(question.answer) % 5 == 0
 
 
@@ -84,7 +84,7 @@ def test_one_shape_changes_its_colour_and_nothing_else() -> None:
 def test_codes_lie_whole_in_the_picture() -> None:
     for question in (q for q in make_questions(1) if q.category == "code"):
         dark = (pixels(question.pictures[0].png) < 128).all(axis=2)
-        assert 5 <= islands(dark) <= 12 and not dark[0].any() and not dark[-1].any()
+        assert islands(dark) >= 5 and not dark[0].any() and not dark[-1].any()
         assert not dark[:, 0].any() and not dark[:, -1].any()
 
 
@@ -95,14 +95,14 @@ def test_a_shape_stays_in_its_circle(shape: str) -> None:
     mask = (pixels(canvas.picture().png) == COLOURS["red"]).all(axis=2)
     rows, columns = np.nonzero(mask)
     assert islands(mask) == 1 and mask.sum() > 4000
-    assert np.hypot(rows - 100, columns - 100).max() <= 81.5
+    assert np.hypot(rows - 100, columns - 100).max() <= 81
 
 
 def test_saved_images(tmp_path: Path) -> None:
-    questions = tuple(q for q in make_questions(1) if q.id in ("0.code-448-20px", "0.pair-code-448"))
-    assert save_images(questions, tmp_path / "new" / "folder") == 3
+    some = tuple(q for q in make_questions(1) if q.id in ("0.code-448-20px", "0.pair-code-448"))
+    assert save_images(some, tmp_path / "new" / "folder") == 3
     rows = json.loads((tmp_path / "new" / "folder" / "questions.json").read_text())
-    assert [row["answer"] for row in rows] == [q.answer for q in questions]
+    assert [row["answer"] for row in rows] == [q.answer for q in some]
     names = {entry["file"] for row in rows for entry in row["pictures"]}
     assert names == {path.name for path in (tmp_path / "new" / "folder").glob("*.png")} and len(names) == 3
 

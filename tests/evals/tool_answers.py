@@ -15,6 +15,13 @@ from step128_evals.tools.scenarios import Scenario, Step, load_scenarios
 SCENARIOS = load_scenarios()
 BY_ID = {scenario.id: scenario for scenario in SCENARIOS}
 THOUGHT = "The user wants something; let me see which function fits."
+PROMPT_OF_TOOLS = Reply(
+    body={
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "6"}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 200, "completion_tokens": 1, "total_tokens": 201},
+    }
+)
+"""The oracle counts words of messages only; this server puts the tools into the prompt too."""
 _ids = count()
 
 Spoil = Callable[[Scenario, Step, Reply], Reply]
@@ -59,6 +66,8 @@ def perfect(spoil: Spoil = lambda _scenario, _step, reply: reply) -> Callable[[s
     def respond(path: str, body: dict[str, Any]) -> Reply | None:
         if path != "/v1/chat/completions":
             return None
+        if body["max_tokens"] == 1 and body.get("tools"):
+            return PROMPT_OF_TOOLS
         thought = "" if body.get("reasoning_effort") == "none" else THOUGHT
         found = place(body["messages"])
         if found is None:

@@ -131,5 +131,11 @@ def _choose(speeds: dict[int, list[float]]) -> tuple[int, str]:
         if interval["low"] <= 1:
             ends = f"{interval['low']:.2f} to {interval['high']:.2f}"
             return depth, f"depth {fastest} is {value:.2f} times as fast ({ends}), which cannot be told apart from 1"
-    rest = [depth for depth in speeds if depth != fastest]
-    return fastest, f"faster than depth {', '.join(map(str, rest))}; no interval includes 1"
+    tied: list[str] = []
+    slower: list[str] = []
+    for depth in sorted(set(speeds) - {fastest}):
+        _, interval = paired_ratio(speeds[fastest], speeds[depth])
+        (slower if interval and interval["low"] > 1 else tied).append(str(depth))
+    parts = [f"faster than depth {', '.join(slower)}; no interval includes 1"] if slower else []
+    parts += [f"depth {', '.join(tied)} cannot be told apart from it, but drafts more"] if tied else []
+    return fastest, "; ".join(parts)

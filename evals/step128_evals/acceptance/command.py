@@ -78,7 +78,7 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
         "sha256": fingerprint(prompts),
     }
     # Each depth has a file of its own, since `mtp-depth` wants them side by side.
-    parsed.out = results_path(parsed, f"acceptance-mtp{'?' if depth is None else depth}", endpoint.model)
+    parsed.out = results_path(parsed, f"acceptance-mtp{'-unknown' if depth is None else depth}", endpoint.model)
     tasks = [
         Task(prompt.id, partial(measure_prompt, client, endpoint, prompt, parsed.max_tokens)) for prompt in prompts
     ]

@@ -117,7 +117,7 @@ def _groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _what(summary: dict[str, Any]) -> str:
     depth = summary["num_speculative_tokens"]
     how = {None: "how many tokens are drafted is not known", 0: "without MTP (nothing is drafted)"}.get(
-        depth, f"MTP, {depth} drafted tokens a step"
+        depth, f"MTP {depth}, that is up to {depth} drafted a step"
     )
     notes = f"; {summary['missing']} prompts are still missing" if summary["missing"] else ""
     notes += f"; {summary['unsupported']} unsupported" if summary["unsupported"] else ""

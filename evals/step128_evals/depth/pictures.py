@@ -20,6 +20,8 @@ def draw_curves(summary: dict[str, Any], path: Path) -> None:
     for number, (name, label) in enumerate(PANELS, start=1):
         axes = figure.add_subplot(len(PANELS), 1, number)
         for kind, depths in summary["cells"].items():
+            if kind == "cached" and name == "prefill_tokens_per_second":
+                continue  # next to nothing is computed, so the figure would only dwarf the others
             numbers = sorted({int(concurrency) for row in depths.values() for concurrency in row})
             for index, concurrency in enumerate(numbers):
                 points = [

@@ -12,8 +12,9 @@ from step128_evals.tables import columns, markdown_table
 
 NOTES = (
     "Figures are median (least to most): first token and decoding over all requests, the others over the repeats. With "
-    "several requests at once the first token waits for the prefill of the others too, and prefill is of all of them "
-    "together: their prompt tokens over the time until the last of them had its first token."
+    "several requests at once the first token waits for the prefill of the others too, which also slows those that "
+    "decode already; prefill is of all together: their prompt tokens over the time until the last of them had its "
+    "first token."
 )
 
 

@@ -85,7 +85,10 @@ class EndpointScorer:
         answer = await self._client.post("/v1/completions", body)
         with self._client.explained():
             read = _read_echo if self._dialect == ECHO else _read_prompt_logprobs
-            entries = read(answer, window)
+            try:
+                entries = read(answer, window)
+            except (ValueError, AttributeError) as error:
+                raise TypeError(f"in its log-probabilities: {error}") from error
         scored = entries[window.first_scored :]
         for number, (_, logprob, _) in enumerate(scored, window.first_scored):
             if logprob is None or not math.isfinite(logprob):
@@ -125,7 +128,12 @@ def _read_echo(answer: dict[str, Any], window: Window) -> list[_Entry]:
         count = len(own) - int((answer.get("usage") or {}).get("completion_tokens", 1))
     if not len(own) == len(texts) == len(tops) or len(own) < count:
         raise EvalError(f"the endpoint returned {len(own)} log-probabilities for {count} tokens of the prompt")
-    return [(texts[n], own[n], {str(t): float(p) for t, p in (tops[n] or {}).items()}) for n in range(count)]
+    entries: list[_Entry] = []
+    for number in range(count):
+        logprob = own[number]
+        top: Top = {str(token): float(value) for token, value in (tops[number] or {}).items()}
+        entries.append((str(texts[number]), None if logprob is None else float(logprob), top))
+    return entries
 
 
 def _likeliest(top: Top, top_k: int) -> Top:

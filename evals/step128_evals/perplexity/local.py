@@ -117,7 +117,8 @@ def load_local(folder: Path, dtype: str, device: str | None) -> LocalScorer:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, loading = auto.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError, ImportError) as error:
-        raise BadInputError(f"{folder}: transformers cannot load it: {str(error).strip()[:600]}") from error
+        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
+        raise BadInputError(f"{folder}: transformers cannot load it: {reason}") from error
     # It would fill what is missing with random numbers, and the perplexity would be of those.
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):

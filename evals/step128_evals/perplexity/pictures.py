@@ -23,20 +23,20 @@ def markdown_section(run: Run, summary: dict[str, Any], pictures: Path) -> str:
         return f"Nothing was scored: 0 of {summary['chunks_planned']} chunks."
     rows = [
         ("perplexity", _figure(summary["perplexity"], 4) + interval_words(summary["perplexity_interval"])),
-        ("nats a token", _figure(summary["nll_per_token"], 5) + interval_words(summary["nll_per_token_interval"], 5)),
+        ("nats a token", _figure(summary["nll_per_token"], 5) + interval_words(summary["nll_per_token_interval"])),
         ("scored tokens", f"{summary['scored_tokens']} in {summary['chunks']} of {summary['chunks_planned']} chunks"),
         ("text", f"`{summary['text']}`, SHA-256 `{summary['text_sha256'][:16]}`"),
         ("measured by", f"{summary['server']} at {summary['base_url']}"),
     ]
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         if name in summary:
-            interval = interval_words(summary.get(f"{name}_interval"))
+            interval = interval_words(summary.get(f"{name}_interval"), ".5f")
             rows.append((name.replace("_", " "), _figure(summary[name], 5) + interval))
     kl = summary.get("kl")
     if kl:
         rows += [
-            ("mean KL from the reference (lower bound)", f"{kl['mean']:.6f}{interval_words(kl['mean_interval'], 6)}"),
-            ("99th percentile of the KL", f"{kl['p99']:.5f}{interval_words(kl['p99_interval'], 5)}"),
+            ("mean KL, nats (lower bound)", f"{kl['mean']:.4g}{interval_words(kl['mean_interval'], '.4g')}"),
+            ("99th percentile of the KL", f"{kl['p99']:.4g}{interval_words(kl['p99_interval'], '.4g')}"),
             ("same likeliest token", f"{kl['same_top_token']:.2%} of {kl['positions']} positions"),
             ("reference", f"{kl['reference']['model']} at {kl['reference']['base_url']}, {kl['reference']['started']}"),
         ]

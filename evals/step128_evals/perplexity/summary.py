@@ -169,7 +169,7 @@ def headline(summary: dict[str, Any]) -> str:
         return "nothing scored yet" if not summary["scored_tokens"] else f"perplexity beyond exp({_MOST_NATS:g})"
     figure = f"perplexity {summary['perplexity']:.4f}{interval_words(summary['perplexity_interval'])}"
     kl = summary.get("kl")
-    return f"{figure}; mean KL {kl['mean']:.6f}{interval_words(kl['mean_interval'], 6)}" if kl else figure
+    return f"{figure}; mean KL {kl['mean']:.4g}{interval_words(kl['mean_interval'], '.4g')}" if kl else figure
 
 
 def _lm_eval_lines(summary: dict[str, Any]) -> list[str]:
@@ -177,7 +177,7 @@ def _lm_eval_lines(summary: dict[str, Any]) -> list[str]:
         return ["word and byte perplexity: no document is whole yet"]
     return [
         f"word perplexity {summary['word_perplexity']:.4f}{interval_words(summary['word_perplexity_interval'])}",
-        f"byte perplexity {summary['byte_perplexity']:.5f}{interval_words(summary['byte_perplexity_interval'], 5)}, "
+        f"byte perplexity {summary['byte_perplexity']:.5f}{interval_words(summary['byte_perplexity_interval'], '.5f')}",
         f"{summary['bits_per_byte']:.5f} bits a byte "
         f"({summary['words']} words, {summary['bytes']} bytes, {summary['whole_documents']} documents)",
     ]
@@ -187,19 +187,19 @@ def _kl_lines(kl: dict[str, Any]) -> list[str]:
     reference = kl["reference"]
     return [
         f"against {reference['model']} at {reference['base_url']} of {reference['started']}:",
-        f"  mean KL {kl['mean']:.6f} nats{interval_words(kl['mean_interval'], 6)}",
-        f"  99th percentile {kl['p99']:.5f}{interval_words(kl['p99_interval'], 5)}",
+        f"  mean KL {kl['mean']:.4g} nats{interval_words(kl['mean_interval'], '.4g')}",
+        f"  99th percentile {kl['p99']:.4g}{interval_words(kl['p99_interval'], '.4g')}",
         f"  same likeliest token at {kl['same_top_token']:.2%} of {kl['positions']} positions"
-        f"{interval_words(kl['same_top_token_interval'], 4)}",
+        f"{interval_words(kl['same_top_token_interval'], '.2%')}",
         f"  the tokens that both know hold {kl['known_probability']:.2%} of the reference's probability",
     ]
 
 
-def interval_words(interval: dict[str, Any] | None, digits: int = 4) -> str:
+def interval_words(interval: dict[str, Any] | None, form: str = ".4f") -> str:
     """``, 95 % from 1.0 to 2.0``; nothing without an interval."""
     if not interval or interval["low"] is None or interval["high"] is None:
         return ""
-    return f", 95 % from {interval['low']:.{digits}f} to {interval['high']:.{digits}f}"
+    return f", 95 % from {interval['low']:{form}} to {interval['high']:{form}}"
 
 
 def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:

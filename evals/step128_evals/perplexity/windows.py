@@ -121,7 +121,7 @@ def text_pieces(text: str, characters: int, max_chunks: int | None) -> list[Wind
     while start < len(text) and (max_chunks is None or len(windows) < max_chunks):
         end = min(start + characters, len(text))
         if end < len(text):
-            space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+            space = max(text.rfind(" ", start + 1, end + 1), text.rfind("\n", start + 1, end + 1))
             end = space if space > start else end
         windows.append(Window(text[start:end], 1))
         start = end

@@ -94,8 +94,7 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
         session = Session(plan, asker, results, parsed.canary_seconds, parsed.sample_seconds, on_second)
         await session.run()
     report, code = report_run(results.run, parsed.json)
-    failed = any(verdict["outcome"] == "failed" for verdict in report["verdicts"].values())
-    return report, EvalError.exit_code if failed else code
+    return report, EvalError.exit_code if report["verdicts_failed"] else code
 
 
 def _taken(chosen: tuple[str, ...] | None, endpoint: Endpoint) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ def summarize(run: Run) -> dict[str, Any]:
         if items:
             kinds[kind] = _figures(items)
     sessions = of_kind(run, "session")
+    verdicts = all_verdicts(run)
     return {
         "minutes": soaked_seconds(run) / 60,
         "minutes_wanted": run.manifest.settings["minutes"],
@@ -28,7 +29,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "sessions": [{"at": item.data["at"], "started": item.data["started"]} for item in sessions],
         "requests": len(asked),
         "failed": sum(item.status == "failed" for item in asked),
-        "verdicts": all_verdicts(run),
+        "verdicts": verdicts,
+        "verdicts_failed": sum(verdict["outcome"] == "failed" for verdict in verdicts.values()),
         "kinds": kinds,
     }
 

@@ -20,6 +20,7 @@ from step128_evals.reasoning.switch import Switch, find_switch
 from step128_evals.tokens import find_counter
 from step128_evals.tools.conversation import Asking, Variant
 from step128_evals.tools.filler import Filler, build_filler
+from step128_evals.tools.offer import require_tools_in_prompt
 from step128_evals.tools.scenarios import Scenario, choose_scenarios, load_scenarios
 
 _PAIRS = (("streamed", "whole"), ("thinking", "plain"))
@@ -69,6 +70,7 @@ async def _run(parsed: argparse.Namespace, client: Client) -> Result:
         return _listing(scenarios, parsed.json)
     endpoint = await probe_endpoint(client, parsed.model, _NEEDED)
     endpoint.require("chat", "tools")
+    await require_tools_in_prompt(client, endpoint.model, list(scenarios[0].tools))
     variants = [
         Variant(stream, thinking, depth)
         for depth, (stream, thinking) in product(sorted(set(parsed.depth_tokens)), parsed.variants)

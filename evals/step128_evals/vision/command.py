@@ -83,11 +83,12 @@ def _content(text: str, pictures: tuple[Picture, ...]) -> list[dict[str, Any]]:
 
 
 async def _run(parsed: argparse.Namespace, client: Client) -> Result:
-    questions = make_questions(parsed.sets)
     if parsed.save_images:
-        print(f"{save_images(questions, parsed.save_images)} pictures are in {parsed.save_images}", file=sys.stderr)
+        saved = save_images(make_questions(parsed.sets), parsed.save_images)
+        print(f"{saved} pictures are in {parsed.save_images}", file=sys.stderr)
     endpoint = await probe_endpoint(client, parsed.model, only=("chat", "streaming", "images"))
     endpoint.require("chat", "images")
+    questions = make_questions(parsed.sets)
     request = {
         "max_tokens": parsed.max_tokens,
         "reasoning_effort": parsed.reasoning_effort,

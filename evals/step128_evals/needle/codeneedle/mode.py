@@ -16,7 +16,7 @@ from step128_evals.needle.codeneedle.scoring import count_lines, relaxed, strict
 from step128_evals.needle.codeneedle.targets import Target, draw, find_targets
 from step128_evals.probe import Endpoint
 from step128_evals.runs import Item
-from step128_evals.tokens import find_counter
+from step128_evals.tokens import tokenize_with
 
 MAX_TOKENS = 6000
 
@@ -110,11 +110,9 @@ async def _ask(client: Client, model: str, target: Target, request: ChatRequest)
 
 async def _require_context(client: Client, endpoint: Endpoint, source: str, max_tokens: int) -> None:
     context = endpoint.max_context_tokens
-    if context is None:
+    if context is None or not endpoint.can("tokenize"):
         return  # then the first answer tells
-    dialect = endpoint.how("tokenize") if endpoint.can("tokenize") else None
-    counter = await find_counter(client, endpoint.model, dialect, source[: min(4000, context // 2)])
-    needed = await counter.count(source) + max_tokens
+    needed = len(await tokenize_with(client, endpoint.how("tokenize"), endpoint.model, source)) + max_tokens
     if needed > context:
         raise UnsupportedError(
             f"unsupported: the corpus and an answer of {max_tokens} tokens need {needed} tokens of context, and "
