@@ -18,9 +18,9 @@ from step128_evals.address import check_address, is_loopback
 from step128_evals.errors import (
     ConfigurationError,
     EvalError,
+    NoSuchRouteError,
     ServerUnreachableError,
     UnauthorizedError,
-    UnsupportedError,
 )
 
 _TIMEOUT_SECONDS = 3600.0  # a prompt of 200k tokens takes minutes on a GPU, and more on a CPU
@@ -94,7 +94,7 @@ class Client:
         Raises:
             ServerUnreachableError: no connection, or it broke, or no answer in time.
             UnauthorizedError: status 401 or 403.
-            UnsupportedError: status 404 or 405.
+            NoSuchRouteError: status 404 or 405.
             EvalError: any other status, or an answer that is not what the API promises.
         """
         try:
@@ -120,7 +120,7 @@ class Client:
                 f"{self.root_url} refuses the API key (status {status}). "
                 "Pass the server's key with --api-key-file FILE, or in VLLM_API_KEY."
             )
-        kind = UnsupportedError if status in (404, 405) else EvalError
+        kind = NoSuchRouteError if status in (404, 405) else EvalError
         return kind(f"{self.root_url} answered with status {status}: {reason}")
 
     async def get_text(self, path: str) -> str:

@@ -28,9 +28,14 @@ class PermissionDeniedError(EvalError):
 
 
 class UnsupportedError(EvalError):
-    """The server does not have what was asked for: no such route (status 404 or 405), or no such feature."""
+    """The server does not have what an eval needs."""
 
     exit_code = 4
+
+
+class NoSuchRouteError(UnsupportedError):
+    """Status 404 or 405: to a probe that the server lacks a route; in the middle of a run that something is amiss, as
+    when a router has unloaded the model."""
 
 
 class ThresholdError(EvalError):

@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+from step128_evals.errors import (
+    EvalError,
+    NoSuchRouteError,
+    ServerUnreachableError,
+    UnauthorizedError,
+    UnsupportedError,
+)
 from step128_evals.runs import Item, ResultFile
 
 ERRORS_IN_A_ROW = 5
@@ -49,18 +55,15 @@ async def run_tasks(tasks: Sequence[Task], results: ResultFile, concurrency: int
         nonlocal done, row
         for id in queue:
             try:
-                item = await by_id[id].ask()
-                row = 0
+                item, error = await by_id[id].ask(), None
             except UnauthorizedError:
                 raise
-            except UnsupportedError as error:
-                item, row = Item(id, "unsupported", str(error)), 0
-            except EvalError as error:
-                item, row = Item(id, "error", str(error)), row + 1
-                if row >= ERRORS_IN_A_ROW:
-                    results.append(item)
-                    raise _stopped(error, results, len(by_id)) from error
+            except EvalError as raised:
+                item, error = _outcome(id, raised), raised
             results.append(item)
+            row = row + 1 if item.status == "error" else 0
+            if error and row >= ERRORS_IN_A_ROW:
+                raise _stopped(error, results, len(by_id)) from error
             done += 1
             on_item(done, len(by_id))
 
@@ -71,6 +74,12 @@ async def run_tasks(tasks: Sequence[Task], results: ResultFile, concurrency: int
     except ExceptionGroup as group_error:
         # The first ended the run; the others were in flight beside it.
         raise group_error.exceptions[0] from None
+
+
+def _outcome(id: str, error: EvalError) -> Item:
+    """Unsupported only if the eval itself says so: a route that the probe found and that is gone is an error."""
+    known = isinstance(error, UnsupportedError) and not isinstance(error, NoSuchRouteError)
+    return Item(id, "unsupported" if known else "error", str(error))
 
 
 def _stopped(error: EvalError, results: ResultFile, total: int) -> EvalError:

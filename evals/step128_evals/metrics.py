@@ -177,14 +177,15 @@ async def read_counters(client: Client) -> DraftCounters | None:
     return counters.drafts if counters else None
 
 
-def foreign_traffic(before: ServerCounters, after: ServerCounters, requests: int, tokens: int) -> str | None:
+def foreign_traffic(before: ServerCounters, after: ServerCounters, requests: int, tokens: int | None) -> str | None:
     """Say what else the server did between two readings; None if nothing, or if it does not tell.
 
     Args:
         before: when none of ours ran.
         after: when none of ours ran any more.
         requests: ours in between.
-        tokens: generated in them.
+        tokens: generated in them; None if the server did not say. A request that was broken off is no finished one in
+            vLLM's counters, but its tokens are counted.
     """
     if before.busy:
         return f"{before.busy:.0f} requests of others were in the server before ours"
@@ -192,10 +193,12 @@ def foreign_traffic(before: ServerCounters, after: ServerCounters, requests: int
         return f"{after.busy:.0f} requests of others were in the server after ours"
     if before.finished_requests is not None and after.finished_requests is not None:
         finished = after.finished_requests - before.finished_requests
-        return f"the server finished {finished:.0f} requests, ours were {requests}" if finished > requests else None
-    if before.generated_tokens is not None and after.generated_tokens is not None:
+        if finished > requests:
+            return f"the server finished {finished:.0f} requests, ours were {requests}"
+    if tokens is not None and before.generated_tokens is not None and after.generated_tokens is not None:
         generated = after.generated_tokens - before.generated_tokens
-        return f"the server generated {generated:.0f} tokens, ours were {tokens}" if generated > tokens else None
+        if generated > tokens:
+            return f"the server generated {generated:.0f} tokens, ours were {tokens}"
     return None
 
 

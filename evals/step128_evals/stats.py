@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,22 +45,24 @@ def bootstrap(
         paired: whether row i of each column belongs together.
 
     Returns:
-        None if there are fewer than two rows.
+        None if there are fewer than two rows, or a resample has no value of the statistic (a ratio to 0).
     """
     if min(len(column) for column in columns) < 2:
         return None
-    result = stats.bootstrap(
-        [np.asarray(column, dtype=np.float64) for column in columns],
-        statistic,
-        paired=paired,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=256,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
-    return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            [np.asarray(column, dtype=np.float64) for column in columns],
+            statistic,
+            paired=paired,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=256,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        ).confidence_interval
+    return Interval(float(found.low), float(found.high)) if np.isfinite([found.low, found.high]).all() else None
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

@@ -113,8 +113,15 @@ def test_reading_waits_for_rest(oracle: Oracle) -> None:
         ({"finished_requests": 5}, {"finished_requests": 7}, None),
         ({"generated_tokens": 5}, {"generated_tokens": 26}, "the server generated 21 tokens, ours were 20"),
         ({"generated_tokens": 5}, {"generated_tokens": 25}, None),
+        (
+            {"finished_requests": 5, "generated_tokens": 5},
+            {"finished_requests": 7, "generated_tokens": 26},
+            "the server generated 21 tokens, ours were 20",  # another's was broken off
+        ),
         ({}, {}, None),
     ],
 )
 def test_foreign_traffic(before: dict[str, float], after: dict[str, float], reason: str | None) -> None:
     assert foreign_traffic(ServerCounters(**before), ServerCounters(**after), requests=2, tokens=20) == reason  # type: ignore[arg-type]
+    if reason and "generated" in reason:
+        assert foreign_traffic(ServerCounters(**before), ServerCounters(**after), requests=2, tokens=None) is None  # type: ignore[arg-type]

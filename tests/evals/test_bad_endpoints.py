@@ -25,10 +25,10 @@ COMMANDS = {
     "probe": [],
     "smoke": [],
     "ppl": ["--text", "text.txt", "--context-tokens", "64", "--max-chunks", "8"],
-    "needle": ["--corpus", "corpus", "--lengths", "2k", "--depths", "0,100", "--items", "6"],
-    "tools": ["--scenarios", "single-*", "--depth-tokens", "0"],
+    "needle": ["--corpus", "corpus", "--lengths", "2k", "--depths", "0,100", "--items", "14"],
+    "tools": ["--scenarios", "single-*", "--depth-tokens", "0", "--variants", "plain,streamed", "--concurrency", "1"],
     "acceptance": ["--domains", "prose", "--prompts", "8", "--max-tokens", "4"],
-    "depth": ["--depths", "128", "--concurrencies", "1", "--repeats", "6", "--output-tokens", "4"],
+    "depth": ["--depths", "128", "--concurrencies", "1", "--repeats", "10", "--output-tokens", "4"],
     "soak": ["--minutes", "0.02", "--canary-seconds", "0.3", "--sample-seconds", "0.1", "--concurrency", "2"],
     "vision": ["--no-blind", "--max-tokens", "4"],
     "reasoning": ["--problems", "4", "--max-tokens", "64"],
@@ -47,7 +47,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("step128_evals.soak.session._STEP_SECONDS", 0.02)
     (tmp_path / "text.txt").write_text(TEXT)
     write_corpus(tmp_path / "corpus", files=12)
-    few = tuple(q for q in make_questions(1) if q.category == "sentence")
+    few = tuple(q for q in make_questions(1) if q.category in ("sentence", "colour", "table"))
     monkeypatch.setattr("step128_evals.vision.command.make_questions", lambda _: few)
 
 
@@ -140,12 +140,13 @@ class Breaking:
             tokens = body["prompt"] if isinstance(body["prompt"], list) else words(body["prompt"])
             rows = [{str(token): {"logprob": -0.5}} for token in tokens]
             return Reply(body={"choices": [{"text": "x", "prompt_logprobs": [None, *rows[1:]]}]})
-        return None
+        # Its count of prompt tokens would say that it leaves the tools out.
+        return Reply("No.", usage=False) if "tools" in body else None
 
 
 FAULTS: dict[str, tuple[Callable[[], Reply], int, str]] = {
     "401": (lambda: Reply("bad key", status=401), 5, "refuses the API key"),
-    "404": (lambda: Reply("no such model", status=404), 0, "no such model"),
+    "404": (lambda: Reply("no such model", status=404), 70, "no such model"),
     "429": (lambda: Reply("slow down", status=429), 70, "slow down"),
     "500": (lambda: Reply("out of memory", status=500), 70, "out of memory"),
     "html": (lambda: Reply(raw="<html>"), 70, ""),
@@ -164,7 +165,7 @@ def breaks_and_resumes(command: str, kind: str, oracle: Oracle, capsys: Capture)
     code, report, said = run(command, oracle.url, capsys, "--timeout-seconds", "1")
     assert server.faults, f"{command} asked nothing after two items"
     assert code == expected and reason in said + str(report), (code, said[-500:], report)
-    kept = {id: item for id, item in read_run(Path(OUT)).items.items() if item.final and item.status != "unsupported"}
+    kept = {id: item for id, item in read_run(Path(OUT)).items.items() if item.final}
     assert len(kept) >= server.good
     server.fault = None
     code, report, said = run(command, oracle.url, capsys)
@@ -180,7 +181,18 @@ def test_a_server_that_breaks_halfway(kind: str, oracle: Oracle, capsys: Capture
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("command", [name for name in KEEPS_RESULTS if name != "reasoning"])
+@pytest.mark.parametrize("command", [name for name in KEEPS_RESULTS if name not in ("reasoning", "soak")])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_each_command_at_each_fault(command: str, kind: str, oracle: Oracle, capsys: Capture) -> None:
     breaks_and_resumes(command, kind, oracle, capsys)
+
+
+@pytest.mark.parametrize("kind", ["401", "404", "500", "stream cut"])
+def test_a_soak_counts_what_breaks(kind: str, oracle: Oracle, capsys: Capture) -> None:
+    """Errors are what a soak is for: they are outcomes, and its verdict is that the server failed."""
+    fault, _, reason = FAULTS[kind]
+    server = Breaking(oracle, fault=fault)
+    code, report, said = run("soak", oracle.url, capsys, "--timeout-seconds", "1", "--kinds", "chat,whole")
+    assert server.faults and code == 70, said
+    assert report["verdicts"]["errors"]["outcome"] == "failed"
+    assert any(reason in item.why for item in read_run(Path(OUT)).items.values()) or reason in said

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+from step128_evals.errors import (
+    EvalError,
+    NoSuchRouteError,
+    ServerUnreachableError,
+    UnauthorizedError,
+    UnsupportedError,
+)
 from step128_evals.harness import ERRORS_IN_A_ROW, Task, run_tasks
 from step128_evals.runs import Item, Manifest, ResultFile, open_results
 
@@ -83,6 +89,13 @@ def test_unsupported_is_an_outcome(results: ResultFile) -> None:
     asked: list[int] = []
     run(tasks(lambda n: UnsupportedError("no images"), asked), results)
     assert {item.status for item in results.items.values()} == {"unsupported"} and len(asked) == 12
+
+
+def test_a_route_that_is_gone_is_an_error(results: ResultFile) -> None:
+    run(tasks(lambda n: NoSuchRouteError("404") if n == 3 else passed(n), []), results)
+    assert results.items["3"].status == "error"
+    with pytest.raises(EvalError, match="stopped after 5 errors in a row"):
+        run(tasks(lambda n: NoSuchRouteError("404"), [], count=30), results)
 
 
 def test_a_defect_of_ours_is_no_item(results: ResultFile) -> None:

@@ -102,7 +102,7 @@ def test_llama_cpps_definition(oracle: Oracle, capsys: Any, bos: bool) -> None:
 
 
 def test_lm_evals_definition(oracle: Oracle, capsys: Any) -> None:
-    Path("documents.jsonl").write_text("\n".join(json.dumps({"page": text}) for text in ("ab cd\néf", "x")))
+    Path("documents.jsonl").write_text("\n".join(json.dumps({"page": text}) for text in ("ab cd\néf", " ", "x")))
     oracle.respond = ScriptedModel().respond
     options = ["--dataset", "documents.jsonl", "--field", "page", "--definition", "lm-eval", "--context-tokens", "4"]
     assert main(["ppl", "--base-url", oracle.url, *options, "--json"]) == 0

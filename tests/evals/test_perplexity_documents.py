@@ -38,13 +38,16 @@ def test_text_file_is_one_document_as_it_is() -> None:
     assert documents.sha256 == sha256("one\n\ntwo\n")
 
 
-def test_rows_are_documents_and_empty_ones_none(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.jsonl", ["one", "", " \n", "two", "three"])
-    assert read("a.jsonl").texts == ("one", "two", "three")
-    assert read("a.jsonl", limit=2).texts == ("one", "two")
-    assert read("a.jsonl").joined("\n\n") == "one\n\ntwo\n\nthree"
-    assert read("a.jsonl").sha256 != read("a.jsonl", limit=2).sha256
-    assert read("a.jsonl::train").label == "a.jsonl:train" or read("a.jsonl::train").texts[0] == "one"
+def test_rows_are_documents(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ["one", "", "two", "three"])
+    assert read("a.jsonl").texts == ("one", "", "two", "three")
+    assert read("a.jsonl", limit=2).texts == ("one", "")
+    assert read("a.jsonl").joined("\n\n") == "one\n\n\n\ntwo\n\nthree"  # WikiText's empty lines stay
+    assert read("a.jsonl").sha256 != read("a.jsonl", limit=3).sha256
+    assert read("a.jsonl::train").texts == read("a.jsonl").texts
+    assert read("a.jsonl").label == "a.jsonl::train"
+    with pytest.raises(BadInputError, match="--documents is of --dataset"):
+        read_documents("a.jsonl", None, "text", 2)
 
 
 def test_formats(tmp_path: Path) -> None:

@@ -24,7 +24,11 @@ def probed(oracle: Oracle, **options: Any) -> Endpoint:
     return asyncio.run(probe())
 
 
-DRAFTS = "# TYPE vllm:spec_decode_num_drafts counter\nvllm:spec_decode_num_drafts_total 1\n"
+DRAFTS = (
+    "# TYPE vllm:spec_decode_num_drafts counter\nvllm:spec_decode_num_drafts_total 1\n"
+    "# TYPE vllm:spec_decode_num_accepted_tokens_per_pos counter\n"
+    'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 1\n'
+)
 
 
 def everything(path: str, body: dict[str, Any]) -> Reply | None:

@@ -124,7 +124,7 @@ def test_an_interrupted_soak_goes_on_with_what_is_left(
     assert len(ids) == len(set(ids)) > sum(id.startswith("request-") for id in before.items)
     assert after.items["whole"].data["at"] < 1.2 + 1.0  # not the whole time anew
     text = summary_of("soak").text(summary_of("soak").summarize(after))
-    assert "interrupted at minute 0.0 and gone on with" in text
+    assert "interrupted and resumed at minute 0.0" in text
     assert run(server.oracle, *QUICK, "--minutes", "1", "--out", "soak.jsonl") == 65
 
 
@@ -178,6 +178,7 @@ def samples(memory: Any, count: int = 100) -> list[Item]:
         (lambda i: 1e9, "passed"),
         (lambda i: 1e9 + 1e6 * i, "failed"),  # 0.1 GB an hour
         (lambda i: 1e9 + min(i, 15) * 2e7, "passed"),  # grows in the first fifth, then rests
+        (lambda i: 1e9 + (i > 45) * 2e8, "passed"),  # taken once, in the middle
         (lambda i: 1e9 + 1e4 * i, "passed"),  # surely more than nothing, and too little to matter
     ],
 )
@@ -188,6 +189,12 @@ def test_memory(memory: Any, outcome: str) -> None:
         assert verdict["mib_per_hour"] == pytest.approx(1e6 * 100 / 2**20, rel=0.05)
         assert verdict["mib_per_hour_interval"]["low"] > 90
     assert all_verdicts(soak(*samples(memory, count=7)))["memory"]["outcome"] == "unsupported"
+
+
+def test_memory_that_never_changes_has_a_slope_of_zero() -> None:
+    still = [Item(item.id, "measured", data=item.data | {"resident_bytes": 5e8}) for item in samples(lambda i: 0)]
+    verdict = all_verdicts(soak(*still))["memory"]
+    assert verdict["outcome"] == "passed" and verdict["mib_per_hour_interval"] == {"low": 0, "high": 0}
 
 
 def chats(speed: Any, first: Any, count: int = 90) -> list[Item]:

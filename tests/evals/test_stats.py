@@ -53,3 +53,9 @@ def test_ratio_draws_rows_together() -> None:
     interval = ratio_interval([3 * weight for weight in weights], weights)
     assert interval is not None and interval.low == pytest.approx(3) and interval.high == pytest.approx(3)
     assert bootstrap([[1.0], [1.0]], lambda a, b, axis: a.mean(axis)) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_ratio_to_nothing_has_no_interval() -> None:
+    assert ratio_interval([0.0, 0.0], [0.0, 1.0]) is None
+    assert ratio_interval([0.0, 0.0], [0.0, 0.0]) is None

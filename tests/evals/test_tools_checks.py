@@ -52,7 +52,7 @@ SAME = "parallel-same-twice"
         (judge("single-weather", ("get_weather", '"Lisbon"')), ["schema_violation"], 1, 1, 1),
         (judge("single-order-list", ("list_orders", '{"customer_id": 8812}')), ["schema_violation"], 1, 1, 1),
         (judge("single-weather", text='<tool_call>{"name": "get_weather"'), ["leaked_tags"], 1, 1, 1),
-        (judge("single-weather", LISBON, text="</think>"), ["leaked_tags"], 1, 0, 0),
+        (judge("single-weather", LISBON, text="</think>"), ["leaked_tags"], 1, 1, 1),
         (judge("no_call-sum", text="7<|im_end|>"), ["leaked_tags"], 0, 0, 0),
         (judge("single-weather", LISBON, ids=""), ["bad_ids"], 1, 1, 1),
         (judge("single-weather", LISBON, ids="before"), ["bad_ids"], 1, 1, 1),

@@ -76,6 +76,7 @@ def test_assign_serves_as_many_as_possible() -> None:
         ("[TOOL_CALLS][", "[TOOL_CALLS]"),
         ('{"name": "get_weather", "arguments": {}}', '"name": "get_weather", "arguments":'),
         ('{"name": "other", "arguments": {}}', None),
+        ("```python\nset_timer(\n    minutes=3\n)\n```", "```python\nset_timer(\n    minutes=3\n)"),
         ('[get_weather(city="Rome")]', '[get_weather(city="Rome")'),
     ],
 )

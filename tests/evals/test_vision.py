@@ -105,7 +105,8 @@ def test_forms_of_an_answer(
 def test_cut_off_answers_are_named(few: Any, oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
     oracle.respond = lambda *_: Reply("", reasoning="Let me see", finish_reason="length")
     assert run(oracle, "--json", "--no-blind", "--max-tokens", "5", "--reasoning-effort", "low") == 0
-    assert json.loads(capsys.readouterr().out)["failures"] == {"cut off": 22}
+    report = json.loads(capsys.readouterr().out)
+    assert report["failures"] == {"cut off": 22} and "22 of 22 answers were cut off" in report["verdict"]
     body = oracle.chats()[-1]
     assert body["max_tokens"] == 5 and body["reasoning_effort"] == "low" and body["temperature"] == 0
 

@@ -14,8 +14,10 @@ from step128_evals.runs import Run
 from step128_evals.stats import CONFIDENCE, Interval, bootstrap, mcnemar, mean_interval
 
 LOWER_IS_BETTER = frozenset({"ppl"})
-HOW_IT_WAS_ASKED = frozenset({"dialect", "dtype", "device", "reference", "top_k", "token_counts", "thinking"})
-"""Settings that name a server's way of being asked; what is asked is the same with any of them."""
+HOW_IT_WAS_ASKED = frozenset(
+    {"dialect", "dtype", "device", "reference", "top_k", "token_counts", "thinking", "text", "corpus"}
+)
+"""Settings of how a server is asked, and labels of texts, which their SHA-256 tells apart."""
 
 SIGNIFICANCE = round(1 - CONFIDENCE, 6)
 

@@ -77,7 +77,8 @@ class Meter:
         after = await read_at_rest(self.client)
         cached = None
         if before and after:
-            tokens = sum(answer.tokens for answer in answers)
+            counted = all(answer.tokens_counted for answer in answers)
+            tokens = sum(answer.tokens for answer in answers) if counted else None
             if others := foreign_traffic(before, after, len(answers), tokens):
                 raise EvalError(f"not alone on the server, so the times are not its own: {others}")
             if before.cached_prompt_tokens is not None and after.cached_prompt_tokens is not None:

@@ -95,7 +95,7 @@ def _sample(corpus: Corpus, characters: int) -> str:
 def _report(plan: Plan, exact: bool) -> None:
     """Say on standard error what is not as it was asked."""
     for length, missing in plan.missing.items():
-        print(f"{missing} items fewer at {length} tokens: its prompts hold no more functions there", file=sys.stderr)
+        print(f"prompts of {length} tokens hold no function for {missing} of the wanted depths", file=sys.stderr)
     if not exact:
         print("the server has no tokenizer route: lengths are estimated, 10 % below what was asked", file=sys.stderr)
 

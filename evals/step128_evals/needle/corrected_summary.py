@@ -150,9 +150,9 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         f"An item passes if all {summary['lines']} lines come exactly and in order. Blank lines do not count, all line "
         "endings are equal, and reasoning is not scored."
     ]
-    interval = summary["exact"]["interval"]
-    failures = 100 * (1 - interval["low"])
-    notes.append(f"With so many items, a true failure rate of up to {failures:.1f} % is compatible with this result.")
+    if summary["exact"]["passed"] == summary["answered"]:
+        failures = 100 * (1 - summary["exact"]["interval"]["low"])
+        notes.append(f"No failure in so many items still allows a true failure rate of up to {failures:.1f} %.")
     if summary["cut_by_budget"]:
         notes.append(f"{summary['cut_by_budget']} answers were ended by the answer budget: see --max-tokens.")
     if summary["invented_lines"]:

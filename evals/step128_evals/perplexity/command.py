@@ -36,7 +36,7 @@ def add_parser(commands: Parsers) -> None:
         help="of the Hugging Face hub, or a local file (jsonl, json, parquet, csv, txt) or folder; a row is a document",
     )
     ppl.add_argument("--field", default="text", help="of the data set's rows (default: %(default)s)")
-    ppl.add_argument("--documents", type=count, metavar="N", help="the first N with a text (default: all)")
+    ppl.add_argument("--documents", type=count, metavar="N", help="the first N (default: all)")
     ppl.add_argument(
         "--separator", choices=SEPARATORS, default="blank-line", help="between documents, but for lm-eval (%(default)s)"
     )

@@ -19,7 +19,7 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in a fixed order, none of them empty; ``label`` says where they are from."""
+    """Texts in a fixed order, empty ones too; ``label`` says where they are from."""
 
     label: str
     texts: tuple[str, ...]
@@ -42,20 +42,21 @@ def read_documents(text: str | None, dataset: str | None, field: str, limit: int
         dataset: ``NAME[:CONFIG[:SPLIT]]``, used if ``text`` is None; a row is a document. NAME is a data set of the
             hub, or a local file (jsonl, json, parquet, csv, txt) or folder.
         field: the rows' key of the text.
-        limit: no more documents than these.
+        limit: the first of them, no more than these; of a data set only.
 
     Raises:
         InputNotFoundError, PermissionDeniedError: as :func:`read_text_argument`.
-        BadInputError: the data set cannot be loaded, lacks the split or field, or has no text.
+        BadInputError: ``limit`` with a file; or the data set cannot be loaded, lacks the split or field, has no text.
     """
     if text is not None:
+        if limit is not None:
+            raise BadInputError("--documents is of --dataset; a text file is one document")
         return Documents(text, (read_text_argument(text),))
     if dataset is None:
         raise BadInputError("nothing to score: pass --text FILE or --dataset NAME")
     rows, label = _open(dataset)
-    # An empty row is no document: WikiText's rows are lines, and every other one is empty.
-    texts = tuple(islice((text for text in _texts(rows, field, label) if text.strip()), limit))
-    if not texts:
+    texts = tuple(islice(_texts(rows, field, label), limit))
+    if not any(text.strip() for text in texts):
         raise BadInputError(f"{label} has no row with a text in the field {field!r}")
     return Documents(label, texts)
 

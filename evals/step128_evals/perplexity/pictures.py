@@ -18,7 +18,7 @@ _BINS = 32
 
 def markdown_section(run: Run, summary: dict[str, Any], pictures: Path) -> str:
     """See :meth:`Summary.markdown`."""
-    items = sorted(run.with_status("measured"), key=lambda item: item.id)
+    items = sorted(run.with_status("measured"), key=lambda item: int(item.id))
     if not items:
         return f"Nothing was scored: 0 of {summary['chunks_planned']} chunks."
     rows = [

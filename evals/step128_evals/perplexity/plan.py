@@ -107,7 +107,7 @@ async def _lm_eval_plan(documents: Documents, scorer: Scorer, options: PlanOptio
     prefix = await _prefix(scorer, options)
     windows: list[Window] = []
     sizes, count = [], 0
-    for number, text in enumerate(documents.texts):
+    for number, text in enumerate(text for text in documents.texts if text.strip()):
         tokens = await scorer.tokenize(text, False)
         cut = lm_eval_windows(tokens, prefix, options.context_tokens, number)
         # Words as the harness counts them: pieces between white space, an empty one at either end included.

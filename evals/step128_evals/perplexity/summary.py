@@ -20,7 +20,8 @@ from step128_evals.stats import SEED, Interval, ratio_interval
 
 KL_WORDS = (
     "KL(reference || this run) of the next token, in nats, from the tokens that both runs know (the likeliest of each "
-    "and the text's own); all others are one bucket, so it is a lower bound of the KL over the whole vocabulary"
+    "and the text's own); all others are one bucket, so it is a lower bound of the KL over the whole vocabulary. "
+    "The interval of the 99th percentile is from 100 to 1000 resamples of chunks, as many as time allows"
 )
 CARD_WORDS = (
     "The 3.9352 on the model's card names no corpus, context length, stride or BOS, so nothing here confirms or "
@@ -33,7 +34,7 @@ _MOST_NATS = 700.0  # beyond, exp overflows
 def summarize(run: Run) -> dict[str, Any]:
     """Figures of the chunks that are there; ``complete`` says whether these are all."""
     settings = run.manifest.settings
-    items = sorted(run.with_status("measured"), key=lambda item: item.id)
+    items = sorted(run.with_status("measured"), key=lambda item: int(item.id))
     nll = [float(item.data["nll"]) for item in items]
     positions = [int(item.data["positions"]) for item in items]
     scored = sum(positions)

@@ -41,15 +41,17 @@ def draw_timeline(run: Run, path: Path) -> None:
     _series(load, run, "running", "running", 1, "C0")
     _series(load, run, "waiting", "waiting", 1, "C1")
     failed = [item.data["at"] / 60 for item in requests(run) if item.status == "failed"]
-    load.plot(failed, range(1, len(failed) + 1), "rx", label="failed, counted up")
+    if failed:
+        load.plot(failed, range(1, len(failed) + 1), "rx", label="failed, counted up")
     load.set_ylabel("requests")
     load.set_xlabel("minutes")
-    for axes in (latency, memory, load):
+    for axes, others in ((latency, ()), (memory, (cache,)), (load, ())):
         axes.grid(alpha=0.3)
         for session in of_kind(run, "session")[1:]:
             axes.axvline(session.data["at"] / 60, color="black", linestyle=":", linewidth=1)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.08, 1.0))
+        handles = [handle for each in (axes, *others) for handle in each.get_legend_handles_labels()[0]]
+        if handles:
+            axes.legend(handles=handles, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(handles))
     figure.savefig(path)
 
 

@@ -52,7 +52,7 @@ class Session:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._add(f"session-{number}", {"kind": "session", "started": started})
         self.results.append(Item(_END, "error", "interrupted before its end; the same command goes on with the rest"))
-        if number == 1:
+        if not any(id.startswith("request-") for id in items):
             await self._alone("before")
         await self._load()
         if self._gone:

@@ -91,7 +91,7 @@ def _what(summary: dict[str, Any]) -> str:
     if not summary["whole"]:
         line += "; not whole"
     pauses = [f"{session['at'] / 60:.1f}" for session in summary["sessions"][1:]]
-    return line + (f"; interrupted at minute {', '.join(pauses)} and gone on with" if pauses else "") + "."
+    return line + (f"; interrupted and resumed at minute {', '.join(pauses)}" if pauses else "") + "."
 
 
 def _verdict_rows(summary: dict[str, Any]) -> list[list[str]]:

@@ -92,30 +92,41 @@ def drained(run: Run) -> Verdict:
 
 
 def memory(run: Run, seconds: float) -> Verdict:
-    """Slope of the process's resident memory, by least squares over block means (samples of one block correlate)."""
+    """Slope of the process's resident memory, by least squares over block means (samples of one block correlate).
+
+    A leak grows to the end: memory that was taken once, somewhere in the middle, is none.
+    """
     samples = [
         (item.data["at"], item.data["resident_bytes"])
         for item in _longest_session(run)
         if item.data["resident_bytes"] is not None and item.data["at"] >= _SETTLING_SHARE * seconds
     ]
-    if not of_kind(run, "sample") or all(item.data["resident_bytes"] is None for item in of_kind(run, "sample")):
+    if all(item.data["resident_bytes"] is None for item in of_kind(run, "sample")):
         return verdict("unsupported", "/metrics does not tell the process's memory")
     blocks = [block for block in np.array_split(np.array(samples, dtype=float), _BLOCKS) if len(block)]
     if len(blocks) < _FEWEST_BLOCKS:
         return verdict("unsupported", f"{len(samples)} samples after the first fifth are too few for a slope")
     means = np.array([block.mean(axis=0) for block in blocks])
-    fit = stats.linregress(means[:, 0], means[:, 1])
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(means) - 2)) * float(fit.stderr)
-    per_hour = 3600 / 2**20
-    low, slope, high = (float(value) * per_hour for value in (fit.slope - reach, fit.slope, fit.slope + reach))
-    grown = float(fit.slope) * (means[-1, 0] - means[0, 0]) / means[:, 1].mean()
-    leaks = low > 0 and grown > LEAK_SHARE
+    low, slope, high = _slope(means)
+    mean_mib = means[:, 1].mean() / 2**20
+    grown = slope / 3600 * (means[-1, 0] - means[0, 0]) / mean_mib
+    leaks = low > 0 and grown > LEAK_SHARE and _slope(means[len(means) // 2 :])[0] > 0
     why = (
         f"{slope:+.1f} MiB an hour [{low:+.1f}, {high:+.1f}], {grown:+.2%} during the soak, "
-        f"of {means[:, 1].mean() / 2**20:.0f} MiB of the process that answers /metrics"
+        f"of {mean_mib:.0f} MiB of the process that answers /metrics"
     )
     interval = {"low": low, "high": high}
     return verdict("failed" if leaks else "passed", why, mib_per_hour=slope, mib_per_hour_interval=interval)
+
+
+def _slope(points: Any) -> tuple[float, float, float]:
+    """Low end, estimate and high end in MiB an hour, of rows of (seconds, bytes)."""
+    if np.ptp(points[:, 1]) == 0:
+        return 0.0, 0.0, 0.0  # scipy has no standard error then
+    fit = stats.linregress(points[:, 0], points[:, 1])
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(points) - 2)) * float(fit.stderr)
+    per_hour = 3600 / 2**20
+    return float(fit.slope - reach) * per_hour, float(fit.slope) * per_hour, float(fit.slope + reach) * per_hour
 
 
 def _longest_session(run: Run) -> list[Item]:

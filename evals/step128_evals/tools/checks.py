@@ -27,7 +27,7 @@ class Verdict:
 
     @property
     def failed_calls(self) -> int:
-        """Calls with a fault; all of an answer's if its finish reason hides them from a client that goes by it."""
+        """Calls with a fault; all of an answer's if its form is wrong: its finish reason, or marks in its text."""
         return self._count(any_kind=True)
 
     @property
@@ -36,7 +36,7 @@ class Verdict:
         return self._count(any_kind=False)
 
     def _count(self, any_kind: bool) -> int:
-        if any(fault.kind == "wrong_finish_reason" for fault in self.other):
+        if any(fault.malformed for fault in self.other):
             return len(self.outcomes)
         return sum(o.fault is not None and (any_kind or o.fault.malformed) for o in self.outcomes)
 

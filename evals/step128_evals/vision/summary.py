@@ -11,7 +11,7 @@ from typing import Any
 from step128_evals.runs import Item, Run
 from step128_evals.stats import mcnemar, wilson
 from step128_evals.tables import columns, markdown_table, number
-from step128_evals.vision.answers import FAILURES
+from step128_evals.vision.answers import CUT, FAILURES
 from step128_evals.vision.drawing import TILE
 
 SIGNIFICANT = 0.05
@@ -29,6 +29,7 @@ def summarize(run: Run) -> dict[str, Any]:
     small = [item for item in seeing if item.data["largest_side_pixels"] <= TILE[0]]
     large = [item for item in seeing if item.data["largest_side_pixels"] > TILE[0]]
     blind = _blind(items)
+    failures = Counter(item.data["failure"] for item in seeing if item.data["failure"])
     return {
         "planned": run.manifest.items_total,
         "missing": run.missing,
@@ -36,8 +37,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "categories": {name: _category(items, name) for name in categories},
         "sizes": {name: _share(part) for name, part in ((ONE_TILE, small), (TILED, large)) if part},
         "blind": blind,
-        "verdict": _verdict(blind),
-        "failures": dict(Counter(item.data["failure"] for item in seeing if item.data["failure"])),
+        "verdict": _verdict(blind, failures[CUT], len(seeing)),
+        "failures": dict(failures),
         "unsupported": sorted({item.why for item in run.with_status("unsupported")}),
         "rule": run.manifest.settings["rule"],
     }
@@ -107,7 +108,9 @@ def _blind(items: Sequence[Item]) -> dict[str, Any] | None:
     return _share(blind) | {"pairs": len(pairs), "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
 
 
-def _verdict(blind: dict[str, Any] | None) -> str:
+def _verdict(blind: dict[str, Any] | None, cut_off: int, asked: int) -> str:
+    if 2 * cut_off > asked:
+        return f"whether it sees cannot be said: {cut_off} of {asked} answers were cut off at --max-tokens"
     if blind is None or not blind["pairs"]:
         return "whether it sees cannot be said: nothing was asked without the pictures as well"
     return _SEES if blind["gained"] > blind["lost"] and blind["p"] < SIGNIFICANT else _SEES_NOTHING
