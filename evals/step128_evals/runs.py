@@ -74,6 +74,14 @@ class Run:
         final = sum(item.final for item in self.items.values())
         return max(self.manifest.items_total - final, len(self.items) - final)
 
+    @property
+    def missing_words(self) -> str:
+        """:attr:`missing` for a person; empty if nothing is."""
+        if not self.missing:
+            return ""
+        total = self.manifest.items_total
+        return f"{self.missing} of {total} items missing" if total else "it did not come to its end"
+
     def with_status(self, *statuses: Status) -> list[Item]:
         """The items of these statuses, in the order in which they were finished."""
         return [item for item in self.items.values() if item.status in statuses]

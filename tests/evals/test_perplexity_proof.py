@@ -180,7 +180,7 @@ def test_llama_cpp_itself(cli: Cli, folder: Path, bos: bool, measured: Callable[
         ]
         measured(f"perplexity, llama-perplexity, BOS {bos}: {theirs}, ours {[round(value, 4) for value in running]}")
         assert ours["bos_token_ids"] == ([1] if bos else [])
-        assert running == pytest.approx(theirs, rel=1e-3)
+        assert running == pytest.approx(theirs, rel=1e-4)  # it prints four digits
         if not bos:
             # The 4-bit file itself: llama.cpp rounds the activations to 8 bits there, which costs less than 2 %.
             rounded = llama_perplexity(binary, source, folder / "text")

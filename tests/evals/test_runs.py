@@ -27,7 +27,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     run = read_run(tmp_path / "deep/a.jsonl")
     assert run.manifest.settings == {"seed": 42, "lengths": [1, 2]} and run.manifest.model == "m"
     assert list(run.items) == ["a", "b", "c"] and run.items["b"] == items[1]
-    assert run.missing == 1  # the error is asked again
+    assert run.missing == 1 and run.missing_words == "1 of 3 items missing"  # the error is asked again
     assert [item.id for item in run.with_status("passed", "error")] == ["a", "c"]
 
 

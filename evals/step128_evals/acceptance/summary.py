@@ -119,8 +119,8 @@ def _what(summary: dict[str, Any]) -> str:
     how = {None: "how many tokens are drafted is not known", 0: "without MTP (nothing is drafted)"}.get(
         depth, f"MTP {depth}, that is up to {depth} drafted a step"
     )
-    notes = f"; {summary['missing']} prompts are still missing" if summary["missing"] else ""
-    notes += f"; {summary['unsupported']} unsupported" if summary["unsupported"] else ""
+    notes = f"; prompts still missing: {summary['missing']}" if summary["missing"] else ""
+    notes += f"; unsupported: {summary['unsupported']}" if summary["unsupported"] else ""
     return f"{summary['prompts']} prompts, greedy, one at a time; {how}{notes}."
 
 

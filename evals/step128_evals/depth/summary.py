@@ -17,6 +17,8 @@ NOTES = (
     "first token."
 )
 
+_CACHED_SHARE = 0.05  # the first tokens of two headers may be equal by chance
+
 
 def summarize(run: Run) -> dict[str, Any]:
     """``cells.KIND.DEPTH.CONCURRENCY``: each figure's least, median and most."""
@@ -161,10 +163,10 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
     if short:
         remarks.append(f"In {len(short)} cells an answer ended before {summary['output_tokens']} tokens.")
     cold = [cell["cached_share"] for row in summary["cells"].get("cold", {}).values() for cell in row.values()]
-    if any(share is not None and share > 0.01 for share in cold):
+    if any(share is not None and share > _CACHED_SHARE for share in cold):
         remarks.append(
             "A part of prompts that should be new came from the prefix cache: their first tokens came early."
         )
     if summary["missing"]:
-        remarks.append(f"{summary['missing']} items are still missing.")
+        remarks.append(f"Items still missing: {summary['missing']}.")
     return [*remarks, *(f"Unsupported: {why}." for why in summary["unsupported"].values())]

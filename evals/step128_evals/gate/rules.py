@@ -104,7 +104,7 @@ def _check(rule: Rule, run: Run | None, summary: dict[str, Any] | None, baseline
     if run.items and len(run.with_status("unsupported")) == len(run.items):
         return verdict(absent, f"unsupported: {next(iter(run.items.values())).why}")
     if run.missing:
-        return verdict("failed", f"{run.path} is not whole: {run.missing} of {run.manifest.items_total} items missing")
+        return verdict("failed", f"{run.path} is not whole: {run.missing_words}")
     if rule.not_worse_than_baseline:
         if baseline is None:
             return verdict("failed", f"no --baseline of {rule.eval} was given")

@@ -26,10 +26,9 @@ def draw_heatmap(summary: dict[str, Any], path: Path) -> None:
     for cell in summary["cells"]:
         row, column = depths.index(cell["depth"]), lengths.index(cell["length"])
         shares[row, column] = 100 * cell["line_share"]
-        dark = cell["line_share"] < 0.25 or cell["line_share"] > 0.75
         label = f"{cell['passed']}/{cell['answered']}"
-        axes.text(column, row, label, ha="center", va="center", color="white" if dark else "black")
-    image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axes.text(column, row, label, ha="center", va="center", color="white" if cell["line_share"] < 0.6 else "black")
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     figure.colorbar(image, label="lines copied exactly, %")
     axes.set_xticks(range(len(lengths)), [f"{length / 1024:.4g}k" for length in lengths])
     axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])

@@ -30,7 +30,8 @@ def summarize(run: Run) -> dict[str, Any]:
 
     ``changes``: whether the interval of the mean difference between the least and the greatest level excludes zero.
     """
-    items = run.with_status("passed", "failed")
+    # By id, not as they were finished: the bootstrap's draws depend on the order.
+    items = sorted(run.with_status("passed", "failed"), key=lambda item: item.id)
     unit = _unit(items)
     lengths = {
         level: {i.data["problem"]: _length(i, unit) for i in items if i.data["level"] == level} for level in LEVELS
@@ -158,21 +159,21 @@ def _parts(summary: dict[str, Any], table: Any) -> Iterator[str]:
     rows = [("level", "questions", "mean reasoning", "median", "right answers", "cut off")]
     for level, row in summary["levels"].items():
         right = with_interval(100 * row["correct_share"], _times_100(row["correct_interval"]), 0) + " %"
-        mean = with_interval(row["mean"], row["interval"], 0)
+        mean = with_interval(row["mean"], row["interval"], 1)
         rows.append((level, str(row["items"]), mean, f"{row['median']:.0f}", right, str(row["truncated"])))
     yield table(rows)
     rows = [("change", "pairs", "mean difference", "longer", "shorter", "Wilcoxon p")]
     for name, row in summary["pairs"].items():
-        mean = with_interval(row["mean_difference"], row["interval"], 0)
+        mean = with_interval(row["mean_difference"], row["interval"], 1)
         cells = (str(row["longer"]), str(row["shorter"]), number(row["wilcoxon_p"], 4))
         rows.append((name.replace("_", " "), str(row["pairs"]), mean, *cells))
     yield table(rows)
     if summary["monotone"] is not None:
         yield f"The means {'rise' if summary['monotone'] else 'do not rise'} from level to level."
     if summary["truncated"]:
-        yield f"{summary['truncated']} answers were cut off at --max-tokens: their reasoning counts as far as it came."
+        yield f"Cut off at --max-tokens, their reasoning counted as far as it came: {summary['truncated']} answers."
     if summary["leaked"]:
-        yield f"Reasoning or its marks stand in the text of {summary['leaked']} answers."
+        yield f"Reasoning, or its marks, in the text of the answer: {summary['leaked']} answers."
     yield from (f"Unsupported: {why}" for why in summary["unsupported"])
 
 

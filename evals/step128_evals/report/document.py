@@ -60,7 +60,7 @@ def _overview(runs: Sequence[Run]) -> str:
 def _state(run: Run) -> str:
     errors = len(run.with_status("error"))
     if run.missing:
-        return f"not whole: {run.missing} of {run.manifest.items_total} items missing, {errors} ended in an error"
+        return f"not whole: {run.missing_words}, {errors} ended in an error"
     unsupported = len(run.with_status("unsupported"))
     return f"whole, {len(run.items)} items" + (f", {unsupported} unsupported" if unsupported else "")
 

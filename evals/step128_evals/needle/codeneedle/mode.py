@@ -116,6 +116,6 @@ async def _require_context(client: Client, endpoint: Endpoint, source: str, max_
     if needed > context:
         raise UnsupportedError(
             f"unsupported: the corpus and an answer of {max_tokens} tokens need {needed} tokens of context, and "
-            f"{endpoint.model} is served with {context}. A smaller corpus: --codeneedle-corpus http_server; "
-            "a smaller answer: --max-tokens N."
+            f"{endpoint.model} is served with {context}. The smallest corpus is http_server "
+            "(--codeneedle-corpus); a smaller answer: --max-tokens N."
         )
