@@ -90,7 +90,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _missing(error: ModuleNotFoundError) -> tuple[Report, int]:
     if str(error.name).startswith("step128"):
         return _internal(error)
-    remedy = "pip install 'step128[evals]'"
+    extra = "checkpoint" if error.name in ("torch", "transformers") else "evals"
+    remedy = f"pip install 'step128[{extra}]'"
     return {"error": f"the Python package {error.name} is not installed: {remedy}"}, ConfigurationError.exit_code
 
 

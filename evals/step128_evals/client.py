@@ -60,13 +60,16 @@ class Client:
         host = check_address(self.root_url)
         if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
             raise ConfigurationError("the API key is empty or not one line of printable ASCII characters")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A connection a request: llama.cpp's server ends one after a stream without saying so, and the request that
+        # finds it dead would look like a server that is.
+        closing = {"Connection": "close"}
+        headers = closing | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         trust_env = not is_loopback(host)
         try:
             self._http = httpx.AsyncClient(
                 base_url=self.root_url, headers=headers, timeout=timeout_seconds, trust_env=trust_env
             )
-            transport = openai.DefaultAsyncHttpxClient(trust_env=trust_env, timeout=timeout_seconds)
+            transport = openai.DefaultAsyncHttpxClient(headers=closing, trust_env=trust_env, timeout=timeout_seconds)
         except (ValueError, ImportError) as error:
             raise ConfigurationError(f"a proxy that the environment names cannot be used: {error}") from error
         # No retries: an eval must see a failure, not hide it.

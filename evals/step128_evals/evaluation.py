@@ -88,9 +88,12 @@ async def run_evaluation(parsed: argparse.Namespace, endpoint: Endpoint, evaluat
         items_total=len(evaluation.tasks),
     )
     results = open_results(path, manifest, parsed.fresh)
-    kept = len(evaluation.tasks) - len(results.pending([task.id for task in evaluation.tasks]))
+    total = len(evaluation.tasks)
+    kept = total - len(results.pending([task.id for task in evaluation.tasks]))
     if kept:
-        print(f"{kept} of {len(evaluation.tasks)} items are in {path} already; --fresh asks all anew", file=sys.stderr)
+        only = "nothing is asked now" if kept == total else "only the others are asked"
+        begun = results.manifest.started
+        print(f"{kept} of {total} items are in {path} since {begun}: {only}; --fresh asks all anew", file=sys.stderr)
     with progress(evaluation.unit) as on_item:
         await run_tasks(evaluation.tasks, results, parsed.concurrency, on_item)
     return report_run(results.run, parsed.json)
@@ -106,6 +109,7 @@ def report_run(run: Run, as_json: bool) -> Result:
         "headline": module.headline(summary),
         "model": run.manifest.model,
         "results": str(run.path),
+        "started": run.manifest.started,
         "items": len(run.items),
         "items_missing": run.missing,
         "errors": len(errors),

@@ -182,9 +182,15 @@ def _drop_torn_line(path: Path) -> None:
             stream.truncate(content.rfind(b"\n") + 1)
 
 
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What makes two runs one: the server too, or a change would be measured by what was there before it."""
+    server = {"base_url": manifest.base_url, "server": manifest.endpoint.get("server")}
+    settings: dict[str, Any] = json.loads(json.dumps(manifest.settings))
+    return {"eval": manifest.eval, "model": manifest.model, **server, **settings}
+
+
 def _refuse_difference(run: Run, manifest: Manifest) -> None:
-    found = {"eval": run.manifest.eval, "model": run.manifest.model, **run.manifest.settings}
-    wanted = {"eval": manifest.eval, "model": manifest.model, **json.loads(json.dumps(manifest.settings))}
+    found, wanted = _identity(run.manifest), _identity(manifest)
     different = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if different:
         lines = "; ".join(f"{name} was {found.get(name)!r} and is now {wanted.get(name)!r}" for name in different[:3])

@@ -64,6 +64,7 @@ class Oracle:
     lacking: frozenset[str] = frozenset()
     url: str = ""
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    connection_headers: set[str | None] = field(default_factory=set)
     answered: int = 0
 
     def chats(self) -> list[dict[str, Any]]:
@@ -185,6 +186,7 @@ def _handler(oracle: Oracle) -> type[BaseHTTPRequestHandler]:
             if self.refused():
                 return
             oracle.requests.append((self.path, body))
+            oracle.connection_headers.add(self.headers.get("Connection"))
             reply = oracle.reply(self.path, body)
             if self.path.startswith("/v1"):
                 oracle.answered += 1

@@ -57,7 +57,9 @@ def test_errors_are_kept_apart_and_asked_again(capsys: pytest.CaptureFixture[str
     report, code = evaluate({"a": Item("a", "failed"), "b": Item("b", "passed")}, json=True)
     assert (code, report["rate"], report["items_missing"]) == (0, 1.0, 0)  # a was not asked twice
     shown = capsys.readouterr()
-    assert "1 of 2 items are in" in shown.err and shown.out == ""
+    assert "1 of 2 items are in" in shown.err and "only the others are asked" in shown.err and shown.out == ""
+    evaluate({"a": Item("a", "passed"), "b": Item("b", "passed")})
+    assert "since 20" in (err := capsys.readouterr().err) and "nothing is asked now; --fresh asks all anew" in err
 
 
 def test_nothing_supported() -> None:

@@ -72,6 +72,12 @@ def test_an_endpoint_of_another_kind(oracle: Oracle) -> None:
     assert error.value.exit_code == 4
 
 
+def test_no_connection_is_used_twice(oracle: Oracle) -> None:
+    """llama.cpp's server drops them after a stream without a word; both HTTP clients must ask for a new one."""
+    probed(oracle)
+    assert oracle.connection_headers == {"close"}
+
+
 def test_only_what_is_wanted_is_asked(oracle: Oracle) -> None:
     endpoint = probed(oracle, only=("chat",))
     assert endpoint.can("chat") and not endpoint.can("tools") and endpoint.how("tools") == "not asked"

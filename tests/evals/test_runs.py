@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     open_results(path, manifest(seed=42, items=100))
     with pytest.raises(BadInputError, match=r"seed was 42 and is now 43.*--out.*--fresh"):
         open_results(path, manifest(seed=43, items=100))
+    moved = replace(manifest(seed=42, items=100), endpoint={"server": "y"})
+    with pytest.raises(BadInputError, match="server was 'x' and is now 'y'"):
+        open_results(path, moved)
     open_results(path, manifest(seed=43, items=100), fresh=True)
     assert read_run(path).manifest.settings["seed"] == 43
     assert read_run(path.with_name("a.jsonl.old")).manifest.settings["seed"] == 42
