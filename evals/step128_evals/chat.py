@@ -31,7 +31,7 @@ class ChatRequest:
     tool_choice: str = "auto"
     reasoning_effort: str | None = None
     temperature: float = 0.0
-    seed: int = SEED
+    seed: int | None = SEED
     stream: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -42,9 +42,10 @@ class ChatRequest:
             "messages": self.messages,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "seed": self.seed,
             "stream": self.stream,
         }
+        if self.seed is not None:
+            body["seed"] = self.seed
         if self.stream:
             body["stream_options"] = {"include_usage": True}
         if self.tools:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from step128_evals.chat import split_reasoning
+
 NORMALIZATIONS: dict[str, Callable[[str], str]] = {"exact": str, "rstrip": str.rstrip, "strip": str.strip}
 """Name -> what both sides' lines go through. Only ``exact`` decides whether an item passes."""
 
 _FENCE = "```"
-_THOUGHT_BEGIN, _THOUGHT_END = "<think>", "</think>"
+_THOUGHT_BEGIN = "<think>"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,8 @@ def answer_lines(content: str) -> list[str]:
     Reasoning that a server left in the content goes, also when it was cut before its end. All line endings are taken
     for one, and nothing else is changed.
     """
-    # Not chat.split_reasoning, which takes the indentation of the first line with the reasoning.
-    _, ended, after = content.partition(_THOUGHT_END)
-    if ended:
-        content = after
-    elif content.lstrip().startswith(_THOUGHT_BEGIN):
+    _, content = split_reasoning(content)
+    if content.lstrip().startswith(_THOUGHT_BEGIN):
         return []
     lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     inside, fenced, seen = False, [], False

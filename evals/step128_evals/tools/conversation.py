@@ -8,7 +8,7 @@ from typing import Any
 
 from step128_evals.chat import Answer, ChatRequest, ask_chat
 from step128_evals.client import Client
-from step128_evals.errors import EvalError, UnsupportedError
+from step128_evals.errors import EvalError, NoSuchRouteError, UnsupportedError
 from step128_evals.reasoning.switch import Switch, refused, thinks
 from step128_evals.runs import Item
 from step128_evals.tools.checks import Verdict, check_answer
@@ -66,6 +66,8 @@ class Asking:
         about = {"scenario": scenario.id, "kind": scenario.kind, **asdict(variant)}
         try:
             rows = await self._steps(scenario, variant)
+        except NoSuchRouteError:
+            raise
         except UnsupportedError as error:
             return Item(id, "unsupported", str(error), about)
         except EvalError as error:

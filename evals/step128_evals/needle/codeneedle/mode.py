@@ -66,6 +66,7 @@ async def codeneedle_evaluation(parsed: argparse.Namespace, client: Client, endp
                 [{"role": "user", "content": content}],
                 max_tokens=max_tokens,
                 reasoning_effort=parsed.reasoning_effort,
+                seed=None,  # the benchmark sends none
                 stream=False,
             )
             return await _ask(client, endpoint.model, target, request)
