@@ -60,8 +60,9 @@ class Answer:
     """One answer and its times.
 
     ``tokens`` counts generated tokens, reasoning included, as the server counts them (without its count: the chunks of
-    the stream, and ``tokens_counted`` is false); ``reasoning_tokens`` is there where the server says it. A whole answer
-    has its first token when it has its last. Each of ``tool_calls`` holds ``id``, ``name`` and ``arguments``.
+    the stream, and ``tokens_counted`` is false); ``reasoning_tokens`` is there where the server says it. An answer that
+    is not streamed has its first token when it has its last, and so has one that shows nothing. Each of ``tool_calls``
+    holds ``id``, ``name`` and ``arguments``.
     """
 
     text: str
@@ -141,11 +142,11 @@ async def _whole(client: Client, model: str, request: ChatRequest, say: Say) -> 
             reasoning=_thought(message),
             tool_calls=tuple(calls),
             finish_reason=choice.finish_reason,
-            tokens=usage.completion_tokens if usage else 0,
+            tokens=_number(usage, "completion_tokens") or 0,
             first_token_seconds=seconds,
             total_seconds=seconds,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            tokens_counted=usage is not None,
+            prompt_tokens=_number(usage, "prompt_tokens"),
+            tokens_counted=_number(usage, "completion_tokens") is not None,
             reasoning_tokens=_reasoning_tokens(usage),
         )
 
@@ -158,16 +159,19 @@ async def _streamed(client: Client, model: str, request: ChatRequest, say: Say) 
     with client.explained():
         create: Any = client.openai.chat.completions.create
         stream = await create(**request.body(model))
-        async for chunk in stream:
-            if chunk.usage:
-                parts.usage = chunk.usage
-            for choice in chunk.choices[:1]:
-                parts.finish_reason = choice.finish_reason or parts.finish_reason
-                if parts.add(choice.delta):
+        async with stream:
+            async for chunk in stream:
+                if chunk.usage:
+                    parts.usage = chunk.usage
+                for choice in chunk.choices[:1]:
+                    parts.finish_reason = choice.finish_reason or parts.finish_reason
+                    # The chunk that ends an answer counts too: its last tokens may show nothing, such as the EOS.
                     last = time.perf_counter()
-                    first = first if chunks else last
-                    chunks += 1
+                    if parts.add(choice.delta):
+                        first = first if chunks else last
+                        chunks += 1
     say("\n")
+    counted = _number(parts.usage, "completion_tokens")
     if not parts.finish_reason:
         raise EvalError(f"the stream ended without a finish reason after {len(parts.text)} characters")
     return Answer(
@@ -175,11 +179,11 @@ async def _streamed(client: Client, model: str, request: ChatRequest, say: Say) 
         reasoning=parts.reasoning,
         tool_calls=tuple(parts.calls[index] for index in sorted(parts.calls)),
         finish_reason=parts.finish_reason,
-        tokens=parts.usage.completion_tokens if parts.usage else chunks,
-        first_token_seconds=first - started,
+        tokens=chunks if counted is None else counted,
+        first_token_seconds=(first if chunks else last) - started,
         total_seconds=last - started,
-        prompt_tokens=parts.usage.prompt_tokens if parts.usage else None,
-        tokens_counted=parts.usage is not None,
+        prompt_tokens=_number(parts.usage, "prompt_tokens"),
+        tokens_counted=counted is not None,
         reasoning_tokens=_reasoning_tokens(parts.usage),
     )
 
@@ -196,7 +200,10 @@ class _Parts:
     def add(self, delta: Any) -> bool:
         """Take one delta in; returns whether it held anything generated."""
         for part in delta.tool_calls or []:
-            call = self.calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+            # A part without an index, as some servers send them, goes on with the last call unless it has an id.
+            last = max(self.calls, default=-1)
+            index = part.index if part.index is not None else last + 1 if part.id or last < 0 else last
+            call = self.calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
             call["id"] = part.id or call["id"]
             if part.function:
                 call["name"] += part.function.name or ""
@@ -218,8 +225,13 @@ def _thought(message: Any) -> str:
 
 
 def _reasoning_tokens(usage: Any) -> int | None:
-    details = getattr(usage, "completion_tokens_details", None)
-    return getattr(details, "reasoning_tokens", None)
+    return _number(getattr(usage, "completion_tokens_details", None), "reasoning_tokens")
+
+
+def _number(usage: Any, name: str) -> int | None:
+    """A count of a usage, which some servers leave out or send as null."""
+    value = getattr(usage, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _values(message: Any, *names: str) -> Iterator[str]:

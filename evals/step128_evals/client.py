@@ -16,6 +16,7 @@ import openai
 
 from step128_evals.address import check_address, is_loopback
 from step128_evals.errors import (
+    BusyError,
     ConfigurationError,
     EvalError,
     NoSuchRouteError,
@@ -35,10 +36,12 @@ _CONNECTION_ERRORS: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What ``/v1/models`` says. ``max_context_tokens`` is vLLM's ``max_model_len``; None if the server hides it."""
+    """What ``/v1/models`` says. ``max_context_tokens`` is vLLM's ``max_model_len``, ``root`` the folder or repository
+    that it was loaded from; None if the server hides them."""
 
     name: str
     max_context_tokens: int | None
+    root: str | None = None
 
 
 class Client:
@@ -97,7 +100,7 @@ class Client:
         Raises:
             ServerUnreachableError: no connection, or it broke, or no answer in time.
             UnauthorizedError: status 401 or 403.
-            NoSuchRouteError: status 404 or 405.
+            NoSuchRouteError, BusyError: status 404 or 405; status 429, 502, 503 or 504.
             EvalError: any other status, or an answer that is not what the API promises.
         """
         try:
@@ -105,7 +108,7 @@ class Client:
         except httpx.HTTPStatusError as error:
             raise self._status_error(error.response.status_code, _reason(error.response)) from error
         except openai.APIStatusError as error:
-            raise self._status_error(error.status_code, error.message) from error
+            raise self._status_error(error.status_code, _reason(error.response)) from error
         except _CONNECTION_ERRORS as error:
             cause = error.__cause__ or error
             raise ServerUnreachableError(
@@ -114,7 +117,7 @@ class Client:
             ) from error
         except openai.APIError as error:
             raise EvalError(f"{self.root_url} broke off with an error: {error.message}") from error
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise EvalError(f"{self.root_url} sent an answer that does not follow the API: {error!r}") from error
 
     def _status_error(self, status: int, reason: str) -> EvalError:
@@ -123,8 +126,10 @@ class Client:
                 f"{self.root_url} refuses the API key (status {status}). "
                 "Pass the server's key with --api-key-file FILE, or in VLLM_API_KEY."
             )
-        kind = NoSuchRouteError if status in (404, 405) else EvalError
-        return kind(f"{self.root_url} answered with status {status}: {reason}")
+        kinds = {404: NoSuchRouteError, 405: NoSuchRouteError} | dict.fromkeys((429, 502, 503, 504), BusyError)
+        error = kinds.get(status, EvalError)(f"{self.root_url} answered with status {status}: {reason}")
+        error.status = status
+        return error
 
     async def get_text(self, path: str) -> str:
         """GET a text document, for instance ``/metrics``."""
@@ -153,7 +158,7 @@ class Client:
             models: list[dict[str, Any]] = json.loads(await self.get_text("/v1/models"))["data"]
             for entry in models:
                 if name in (None, entry["id"]):
-                    return ModelInfo(entry["id"], entry.get("max_model_len"))
+                    return ModelInfo(entry["id"], entry.get("max_model_len"), entry.get("root"))
         served = ", ".join(entry["id"] for entry in models) or "nothing"
         raise EvalError(f"{self.root_url} does not serve {name or 'any model'}; it serves {served}")
 
@@ -164,11 +169,11 @@ class Client:
             return [int(token) for token in (await self.post("/tokenize", body))["tokens"]]
 
 
-def _reason(response: httpx.Response) -> str:
-    """The server's own words, from the places where OpenAI-like servers put them."""
+def _reason(response: Any) -> str:
+    """The server's own words, from the places where OpenAI-like servers put them (a response of either library)."""
     try:
         document = response.json()
         error = document.get("error", document)
         return str(error["message"] if isinstance(error, dict) else error)
-    except (json.JSONDecodeError, AttributeError, KeyError):
-        return response.reason_phrase
+    except (ValueError, AttributeError, KeyError):
+        return str(response.reason_phrase)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 
 class EvalError(Exception):
-    """The endpoint answered, but not as it should."""
+    """The endpoint answered, but not as it should; ``status`` is the HTTP status of a refusal."""
 
     exit_code = 70
+    status: int | None = None
 
 
 class ServerUnreachableError(EvalError):
@@ -48,6 +49,10 @@ class CannotWriteError(EvalError):
     """A result or report cannot be written."""
 
     exit_code = 73
+
+
+class BusyError(EvalError):
+    """Status 429, 502, 503 or 504: the server, or what stands before it, cannot now. It says nothing of what it can."""
 
 
 class ConfigurationError(EvalError):

@@ -60,6 +60,20 @@ def summary_of(eval_name: str) -> Summary:
     return cast(Summary, importlib.import_module(SUMMARIES[eval_name]))
 
 
+def summarize(run: Run) -> dict[str, Any]:
+    """The figures of a run.
+
+    Raises:
+        BadInputError: an item or the settings lack something: the file was edited, or is of another release.
+    """
+    try:
+        return summary_of(run.manifest.eval).summarize(run)
+    except KeyError as error:
+        raise BadInputError(
+            f"{run.path} cannot be summarized: {error} is missing in it. It was made by step128 {run.manifest.version}."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One run: all tasks, and the settings that decide them (see :class:`Manifest`)."""
@@ -102,7 +116,7 @@ async def run_evaluation(parsed: argparse.Namespace, endpoint: Endpoint, evaluat
 def report_run(run: Run, as_json: bool) -> Result:
     """Summarize a run, print it unless JSON is wanted; (report, exit code) as :func:`run_evaluation`."""
     module = summary_of(run.manifest.eval)
-    summary = module.summarize(run)
+    summary = summarize(run)
     errors = run.with_status("error")
     report = summary | {
         "eval": run.manifest.eval,

@@ -41,8 +41,13 @@ def read_text(path: Path) -> str:
 
 
 def read_text_argument(argument: str) -> str:
-    """Read the file that an option names, or standard input for ``-``."""
-    return sys.stdin.read() if argument == "-" else read_text(Path(argument))
+    """Read the file that an option names, or standard input for ``-``; raises as :func:`read_text`."""
+    if argument != "-":
+        return read_text(Path(argument))
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"standard input is not UTF-8 text: {error}") from error
 
 
 def sha256(text: str) -> str:

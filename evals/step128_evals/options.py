@@ -57,7 +57,7 @@ def add_endpoint_command(
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="default: the environment's VLLM_API_KEY")
     parser.add_argument("--model", metavar="NAME", help="default: the first one that is served")
     parser.add_argument(
-        "--timeout-seconds", type=count, default=3600, metavar="N", help="of one request (default: %(default)s)"
+        "--timeout-seconds", type=count, default=3600, metavar="N", help="without a piece of an answer (%(default)s)"
     )
     return parser
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from step128_evals.chat import ChatRequest, ask_chat
 from step128_evals.client import Client
-from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+from step128_evals.errors import BusyError, EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
 from step128_evals.metrics import parse_counters
 from step128_evals.tokens import LLAMA_CPP, VLLM, tokenize_with
 
@@ -31,6 +31,10 @@ CAPABILITIES = (
 )
 
 
+NO_ANSWER = (ServerUnreachableError, UnauthorizedError, BusyError)
+"""Errors that say nothing of what a server can do."""
+
+
 @dataclass(frozen=True)
 class Capability:
     """``how``: the dialect, if there is more than one; or why not, in the endpoint's words."""
@@ -41,14 +45,16 @@ class Capability:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """``max_context_tokens`` is None if the server does not say. A supported tool call means that requests with tools
-    are taken, not that the model calls any; the same for images and ``reasoning_effort``."""
+    """``max_context_tokens`` is None if the server does not say, and so is ``root``, what the model was loaded from. A
+    supported tool call means that requests with tools are taken, not that the model calls any; the same for images and
+    ``reasoning_effort``."""
 
     base_url: str
     server: str
     model: str
     max_context_tokens: int | None
     capabilities: dict[str, Capability]
+    root: str | None = None
 
     def can(self, name: str) -> bool:
         """Whether the endpoint has a capability of :data:`CAPABILITIES`."""
@@ -80,7 +86,7 @@ async def probe_endpoint(client: Client, model_name: str | None, only: Collectio
         only: the capabilities that an eval wants to know of; the others count as absent.
 
     Raises:
-        ServerUnreachableError, UnauthorizedError: nothing can be found out.
+        ServerUnreachableError, UnauthorizedError, BusyError: nothing can be found out.
         EvalError: the server does not serve the model.
     """
     info = await client.model(model_name)
@@ -99,13 +105,13 @@ async def probe_endpoint(client: Client, model_name: str | None, only: Collectio
     not_asked = Capability(False, "not asked")
     found = {name: await _capability(probes[name]) if name in only else not_asked for name in CAPABILITIES}
     server, context = await _identity(client)
-    return Endpoint(client.root_url, server, info.name, info.max_context_tokens or context, found)
+    return Endpoint(client.root_url, server, info.name, info.max_context_tokens or context, found, info.root)
 
 
 async def _capability(probe: Callable[[], Awaitable[str]]) -> Capability:
     try:
         return Capability(True, await probe())
-    except (ServerUnreachableError, UnauthorizedError):
+    except NO_ANSWER:
         raise
     except EvalError as error:
         return Capability(False, str(error))
@@ -149,7 +155,7 @@ async def _tokenize(client: Client, model: str) -> str:
         try:
             if await tokenize_with(client, dialect, model, "Hello world"):
                 return dialect
-        except (UnauthorizedError, ServerUnreachableError):
+        except NO_ANSWER:
             raise
         except EvalError as error:
             reason = str(error)
@@ -163,7 +169,7 @@ async def _prompt_logprobs(client: Client, model: str) -> str:
     for dialect, extra in (("prompt_logprobs", {"prompt_logprobs": 1}), ("echo", {"echo": True, "logprobs": 1})):
         try:
             choice = (await client.post("/v1/completions", body | extra))["choices"][0]
-        except (ServerUnreachableError, UnauthorizedError):
+        except NO_ANSWER:
             raise
         except EvalError as error:
             reasons.append(str(error))

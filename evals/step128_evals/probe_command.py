@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from step128_evals.client import Client
@@ -40,8 +41,8 @@ async def _probe(parsed: argparse.Namespace, client: Client) -> Result:
 def _print(endpoint: Endpoint) -> None:
     context = f"{endpoint.max_context_tokens} tokens" if endpoint.max_context_tokens else "not said"
     table = Table("capability", "", "how, or why not", "evals that need it", title_justify="left")
-    table.title = f"{endpoint.base_url}: {endpoint.server}, model {endpoint.model}, context {context}"
+    table.title = escape(f"{endpoint.base_url}: {endpoint.server}, model {endpoint.model}, context {context}")
     for name in CAPABILITIES:
         mark = "yes" if endpoint.can(name) else "no"
-        table.add_row(name, mark, endpoint.how(name), NEEDED_BY[name])
+        table.add_row(name, mark, escape(endpoint.how(name)), NEEDED_BY[name])
     Console().print(table)

@@ -134,8 +134,13 @@ class ResultFile:
         self.items[item.id] = item
 
     def pending(self, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that have no final item yet, in their order."""
-        return [id for id in ids if id not in self.items or not self.items[id].final]
+        """Those of the ids that have no final item yet: those never asked, then those that ended in an error.
+
+        So errors that come again do not keep a run from its other items.
+        """
+        ids = list(ids)
+        never = [id for id in ids if id not in self.items]
+        return never + [id for id in ids if id in self.items and not self.items[id].final]
 
     @property
     def run(self) -> Run:
@@ -184,7 +189,8 @@ def _drop_torn_line(path: Path) -> None:
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
     """What makes two runs one: the server too, or a change would be measured by what was there before it."""
-    server = {"base_url": manifest.base_url, "server": manifest.endpoint.get("server")}
+    told = {name: manifest.endpoint.get(name) for name in ("server", "max_context_tokens", "root")}
+    server = {"base_url": manifest.base_url, **told}
     settings: dict[str, Any] = json.loads(json.dumps(manifest.settings))
     return {"eval": manifest.eval, "model": manifest.model, **server, **settings}
 

@@ -45,7 +45,8 @@ def bootstrap(
         paired: whether row i of each column belongs together.
 
     Returns:
-        None if there are fewer than two rows, or a resample has no value of the statistic (a ratio to 0).
+        None if there are fewer than two rows, a resample has no value of the statistic (a ratio to 0), or all resamples
+        have the same, which tells of too few rows and not of certainty.
     """
     if min(len(column) for column in columns) < 2:
         return None
@@ -62,7 +63,8 @@ def bootstrap(
             method="percentile",
             rng=np.random.default_rng(SEED),
         ).confidence_interval
-    return Interval(float(found.low), float(found.high)) if np.isfinite([found.low, found.high]).all() else None
+    low, high = float(found.low), float(found.high)
+    return Interval(low, high) if np.isfinite([low, high]).all() and low < high else None
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
@@ -73,6 +75,15 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> Interval | None:
     """Bootstrap interval of sum(numerators) / sum(denominators), rows drawn together (chunks of a text, say)."""
     return bootstrap([numerators, denominators], lambda a, b, axis: np.sum(a, axis=axis) / np.sum(b, axis=axis))
+
+
+def wilcoxon(differences: Sequence[float]) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test (Wilcoxon 1945) that paired differences lie around zero.
+
+    Below six differences it cannot fall under 0.05, which a bootstrap of so few would.
+    """
+    changed = [difference for difference in differences if difference]
+    return float(stats.wilcoxon(changed).pvalue) if changed else 1.0
 
 
 def mcnemar(gained: int, lost: int) -> float:

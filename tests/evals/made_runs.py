@@ -34,7 +34,7 @@ def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:
 def score(run: Run) -> dict[str, float]:
     values = {"passed": 1.0, "failed": 0.0}
     return {
-        item.id: item.data.get("value", values.get(item.status, 0.0))
+        item.id: values[item.status] if item.status in values else item.data["value"]
         for item in run.with_status("passed", "failed", "measured")
     }
 

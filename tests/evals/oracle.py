@@ -22,8 +22,10 @@ class Reply:
     """One answer.
 
     ``tool_calls`` are (name, arguments as sent). ``status`` other than 200 becomes an error body with ``text`` as its
-    message. ``raw`` is sent instead of any JSON. ``cut_after``: the connection ends after so many pieces of a stream
-    (of a whole answer: in its middle). ``body`` replaces the whole JSON answer of a request that is not a chat.
+    message. A stream waits ``first_delay_seconds`` before its first piece and ``piece_delay_seconds`` before each
+    other, and ends with ``empty_pieces`` that show nothing. ``raw`` is sent instead of any JSON. ``cut_after``: the
+    connection ends after so many pieces of a stream (of a whole answer: in its middle). ``body`` replaces the whole
+    JSON answer of a request that is not a chat.
     """
 
     text: str = ""
@@ -33,6 +35,9 @@ class Reply:
     tokens: int | None = None
     status: int = 200
     delay_seconds: float = 0.0
+    first_delay_seconds: float = 0.0
+    piece_delay_seconds: float = 0.0
+    empty_pieces: int = 0
     cut_after: int | None = None
     raw: str | None = None
     usage: bool = True
@@ -131,6 +136,8 @@ def chunks(path: str, body: dict[str, Any], reply: Reply) -> Iterator[dict[str, 
     if path == "/v1/completions":
         for piece in _pieces(reply.text):
             yield chunk({"index": 0, "text": piece, "finish_reason": None})
+        for _ in range(reply.empty_pieces):
+            yield chunk({"index": 0, "text": "", "finish_reason": None})
         yield chunk({"index": 0, "text": "", "finish_reason": reply.finish_reason or "length"})
     else:
         for piece in _pieces(reply.reasoning):
@@ -142,6 +149,8 @@ def chunks(path: str, body: dict[str, Any], reply: Reply) -> Iterator[dict[str, 
             yield delta({"tool_calls": [{"index": index, "id": call["id"], "type": "function", "function": head}]})
             for piece in _pieces(call["function"]["arguments"]):
                 yield delta({"tool_calls": [{"index": index, "function": {"arguments": piece}}]})
+        for _ in range(reply.empty_pieces):
+            yield delta({"content": ""})
         yield delta({}, reply.finish)
     if reply.usage:
         yield {**chunk({}), "choices": [], "usage": _usage(body, reply)}
@@ -211,6 +220,7 @@ def _handler(oracle: Oracle) -> type[BaseHTTPRequestHandler]:
             for number, chunk in enumerate(chunks(self.path, body, reply)):
                 if number == reply.cut_after:
                     return
+                time.sleep(reply.piece_delay_seconds if number else reply.first_delay_seconds)
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
                 self.wfile.flush()
             self.wfile.write(b"data: [DONE]\n\n")

@@ -52,11 +52,19 @@ def test_chance_is_called_chance(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("eval_name", "verdict"), [("tools", "better"), ("ppl", "worse")])
 def test_figures_and_their_direction(tmp_path: Path, eval_name: str, verdict: str) -> None:
     before = make(tmp_path / "a.jsonl", {str(n): 1.0 + n for n in range(30)}, eval_name)
-    after = make(tmp_path / "b.jsonl", {str(n): 1.1 * (1.0 + n) for n in range(30)}, eval_name)
+    after = make(tmp_path / "b.jsonl", {str(n): (1.1 + n / 1000) * (1.0 + n) for n in range(30)}, eval_name)
     result = compare_runs(before, after)
-    assert result.ratio == pytest.approx(1.1)
-    assert result.ratio_interval is not None and result.ratio_interval.low == pytest.approx(1.1)
-    assert result.verdict == verdict and result.p_value is None
+    assert result.ratio == pytest.approx(1.1145, abs=1e-4)  # the geometric mean of 1.1 to 1.129
+    interval = result.ratio_interval
+    assert interval is not None and 1.1 < interval.low < 1.1145 < interval.high < 1.129
+    assert result.verdict == verdict and result.p_value < 1e-6 and result.gained is None
+
+
+@pytest.mark.parametrize(("count", "verdict"), [(5, "cannot be told apart"), (6, "worse")])
+def test_a_few_figures_prove_nothing(tmp_path: Path, count: int, verdict: str) -> None:
+    before = make(tmp_path / "a.jsonl", {str(n): 2.0 + n for n in range(count)}, "ppl")
+    after = make(tmp_path / "b.jsonl", {str(n): 2.0001 + 1.0001 * n for n in range(count)}, "ppl")
+    assert compare_runs(before, after).verdict == verdict
 
 
 def test_other_questions_are_refused(tmp_path: Path) -> None:
@@ -130,9 +138,32 @@ def test_baseline(tmp_path: Path) -> None:
     assert main(["gate", path, "a.jsonl"]) == 3
 
 
+def test_unsupported_items_do_not_pass_unseen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a.jsonl", {"a": "passed", "b": "unsupported"})
+    rule = {"eval": "tools", "figure": "rate", "at_least": 1}
+    assert main(["gate", gates(tmp_path, rule), "a.jsonl", "--json"]) == 3
+    assert "1 of 2 items unsupported: why" in json.loads(capsys.readouterr().out)["gates"][0]["found"]
+    assert main(["gate", gates(tmp_path, {**rule, "allow_unsupported": True}), "a.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gates"][0]["found"] == "1.0 (1 of 2 items unsupported)"
+
+
+def test_a_baseline_must_be_whole_and_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a.jsonl", passes(20, 0), total=536)
+    make(tmp_path / "b.jsonl", passes(20, 0))
+    make(tmp_path / "c.jsonl", passes(20, 0), seed=43)
+    path = gates(tmp_path, {"eval": "tools", "not_worse_than_baseline": True})
+    for baseline, words in (("a", "516 of 536 items missing"), ("c", "did not ask the same")):
+        assert main(["gate", path, "b.jsonl", "--baseline", f"{baseline}.jsonl", "--json"]) == 3
+        assert words in json.loads(capsys.readouterr().out)["gates"][0]["found"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("gates: [{eval: [ppl]}]", "'eval' must be one of"),
+        ("gates: [{eval: tools, figure: rate, at_least: 1, optional: 'no'}]", "optional must be true or false"),
+        ("gates: [{eval: tools, figure: rate, at_least: 1, why: [1]}]", "why must be a text"),
+        ("gates: [{eval: tools, figure: rate, at_least: 1, why: 2026-13-99}]", "is no YAML"),
         ("- a", "needs a list under 'gates'"),
         ("gates: []", "needs a list under 'gates'"),
         ("gates: [", "is no YAML"),
@@ -165,6 +196,10 @@ def test_shipped_thresholds_name_figures_that_are_there() -> None:
 def test_two_files_of_one_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "a.jsonl", passes(1, 0))
     make(tmp_path / "b.jsonl", passes(1, 0))
+    make(tmp_path / "c.jsonl", passes(1, 0), "ppl")
+    path = gates(tmp_path, {"eval": "ppl", "figure": "rate", "at_least": 0, "why": "[/INST] is no markup"})
+    assert main(["gate", path, "a.jsonl", "b.jsonl", "c.jsonl"]) == 0  # no gate asks for the two
+    assert "[/INST]" in capsys.readouterr().out
     path = gates(tmp_path, {"eval": "tools", "figure": "rate", "at_least": 0})
     assert main(["gate", path, "a.jsonl", "b.jsonl"]) == 65
     assert "are both of the eval tools" in capsys.readouterr().err
@@ -194,3 +229,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "out/tools-0/bars.svg").exists() and '"seed": 42' in text
     (tmp_path / "file").write_text("")
     assert main(["report", "a.jsonl", "--out", "file"]) == 73
+    (tmp_path / "odd.jsonl").write_text(
+        (tmp_path / "a.jsonl").read_text().replace('"status": "passed"', '"status": "measured"')
+    )
+    assert main(["report", "odd.jsonl", "--out", "out"]) == 65
+    assert "is missing in it" in capsys.readouterr().err
+    assert (tmp_path / "out/report.md").read_text() == text  # the one before is still there

@@ -78,6 +78,15 @@ def test_errors_in_a_row_stop_and_keep(results: ResultFile) -> None:
     assert sorted(asked[2 + ERRORS_IN_A_ROW :]) == list(range(2, 12))
 
 
+def test_errors_that_come_again_do_not_keep_the_others_out(results: ResultFile) -> None:
+    asked: list[int] = []
+    items = tasks(lambda n: EvalError("always") if n < ERRORS_IN_A_ROW else passed(n), asked)
+    for _ in range(2):
+        with pytest.raises(EvalError, match="errors in a row"):
+            run(items, results)
+    assert sum(item.final for item in results.items.values()) == len(items) - ERRORS_IN_A_ROW
+
+
 def test_a_refused_key_stops_at_once(results: ResultFile) -> None:
     asked: list[int] = []
     with pytest.raises(UnauthorizedError):

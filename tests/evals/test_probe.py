@@ -11,7 +11,7 @@ from oracle import KEY, Oracle, Reply, words
 
 from step128_evals.cli import main
 from step128_evals.client import Client
-from step128_evals.errors import UnsupportedError
+from step128_evals.errors import BusyError, UnsupportedError
 from step128_evals.probe import CAPABILITIES, Endpoint, probe_endpoint
 from step128_evals.tokens import find_counter
 
@@ -76,6 +76,19 @@ def test_no_connection_is_used_twice(oracle: Oracle) -> None:
     """llama.cpp's server drops them after a stream without a word; both HTTP clients must ask for a new one."""
     probed(oracle)
     assert oracle.connection_headers == {"close"}
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_busy_server_is_not_one_that_cannot(oracle: Oracle, status: int) -> None:
+    oracle.respond = lambda path, body: Reply("later", status=status) if body.get("tools") else None
+    with pytest.raises(BusyError, match=f"status {status}: later"):
+        probed(oracle)
+
+
+def test_a_servers_words_are_no_markup(oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle.respond = lambda path, body: Reply("no [/INST] here", status=500) if body.get("tools") else None
+    assert main(["probe", "--base-url", oracle.url]) == 0
+    assert "[/INST]" in capsys.readouterr().out
 
 
 def test_only_what_is_wanted_is_asked(oracle: Oracle) -> None:

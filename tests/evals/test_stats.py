@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from step128_evals.stats import bootstrap, mcnemar, mean_interval, ratio_interval, wilson
+from step128_evals.stats import bootstrap, mcnemar, mean_interval, ratio_interval, wilcoxon, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,19 @@ def test_wilson(passed: int, total: int, low: float, high: float) -> None:
     interval = wilson(passed, total)
     assert interval is not None
     assert (interval.low, interval.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+def test_equal_rows_give_no_interval() -> None:
+    """All right, or all wrong, in a few rows is no certainty: an interval without width would say so."""
+    assert mean_interval([1.0] * 100) is None
+    assert ratio_interval([3.0, 6.0], [1.0, 2.0]) is None
+
+
+def test_wilcoxon() -> None:
+    assert wilcoxon([]) == wilcoxon([0.0, 0.0]) == 1.0
+    assert wilcoxon([1, 2, 3, 4, 5]) == pytest.approx(2 / 2**5)  # all of one sign: as small as five can be
+    assert wilcoxon([1, 2, 3, 4, 5, 6, 0]) == pytest.approx(2 / 2**6)
+    assert wilcoxon([1, -2, 3, -4, 5, -6]) > 0.5
 
 
 def test_nothing_gives_no_interval() -> None:
@@ -50,8 +63,9 @@ def test_bootstrap_covers_a_mean_as_theory_says() -> None:
 
 def test_ratio_draws_rows_together() -> None:
     weights = [1.0, 5.0, 2.0, 9.0]
-    interval = ratio_interval([3 * weight for weight in weights], weights)
-    assert interval is not None and interval.low == pytest.approx(3) and interval.high == pytest.approx(3)
+    near = [2.9 * weights[0], *(3 * weight for weight in weights[1:])]
+    interval = ratio_interval(near, weights)
+    assert interval is not None and 2.9 <= interval.low < interval.high <= 3.0000001  # drawn apart: 0.5 to 15
     assert bootstrap([[1.0], [1.0]], lambda a, b, axis: a.mean(axis)) is None
 
 

@@ -14,7 +14,9 @@ from step128_evals.stats import Interval
 
 def add_parser(commands: Parsers) -> None:
     """Register the command."""
-    parser = add_command(commands, "compare", "two result files of one eval: McNemar's test, or a bootstrap", _compare)
+    parser = add_command(
+        commands, "compare", "two result files of one eval, item by item: McNemar's test, or Wilcoxon's", _compare
+    )
     parser.add_argument("before", type=Path, metavar="BEFORE.jsonl")
     parser.add_argument("after", type=Path, metavar="AFTER.jsonl")
 
@@ -37,8 +39,8 @@ def describe(result: Comparison) -> str:
     )
     if result.ratio is not None:
         lines.append(f"ratio (geometric mean) {result.ratio:.4f}" + _interval(result.ratio_interval, ".4f"))
-    if result.p_value is not None:
-        lines.append(f"{result.gained} gained, {result.lost} lost; McNemar's exact test: p = {result.p_value:.4f}")
+    changed = "" if result.gained is None else f"{result.gained} gained, {result.lost} lost; "
+    lines.append(f"{changed}{result.test}: p = {result.p_value:.4f}")
     lines.append(f"verdict: {result.verdict}")
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from step128_evals.errors import BadInputError
 from step128_evals.evaluation import summary_of
 from step128_evals.runs import Run
-from step128_evals.stats import CONFIDENCE, Interval, bootstrap, mcnemar, mean_interval
+from step128_evals.stats import CONFIDENCE, Interval, bootstrap, mcnemar, mean_interval, wilcoxon
 
 LOWER_IS_BETTER = frozenset({"ppl"})
 HOW_IT_WAS_ASKED = frozenset(
@@ -25,9 +25,10 @@ SIGNIFICANCE = round(1 - CONFIDENCE, 6)
 @dataclass(frozen=True)
 class Comparison:
     """``difference``: mean of (after - before) over ``pairs`` items, with its bootstrap interval. For items that pass
-    or fail: ``gained`` fail before and pass after, ``lost`` the other way, ``p_value`` by McNemar's exact test.
-    ``ratio``: geometric mean of after / before where all figures are above 0. ``verdict``: better, worse, or
-    "cannot be told apart"; ``unpaired``: items that only one of the files has."""
+    or fail: ``gained`` fail before and pass after, ``lost`` the other way. ``p_value``: McNemar's exact test for these,
+    else Wilcoxon's signed-rank test, which decides the ``verdict``: better, worse, or "cannot be told apart".
+    ``ratio``: geometric mean of after / before where all figures are above 0. ``unpaired``: items that only one of the
+    files has."""
 
     eval: str
     before: str
@@ -42,7 +43,8 @@ class Comparison:
     ratio_interval: Interval | None
     gained: int | None
     lost: int | None
-    p_value: float | None
+    p_value: float
+    test: str
     verdict: str
 
     @property
@@ -68,8 +70,8 @@ def compare_runs(before: Run, after: Run) -> Comparison:
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
     gained = int(((first == 0) & (second == 1)).sum()) if binary else None
     lost = int(((first == 1) & (second == 0)).sum()) if binary else None
-    p_value = mcnemar(gained, lost) if gained is not None and lost is not None else None
-    interval = mean_interval([float(value) for value in second - first])
+    differences = [float(value) for value in second - first]
+    p_value = wilcoxon(differences) if gained is None or lost is None else mcnemar(gained, lost)
     ratio = None if binary else _ratio(first, second)
     return Comparison(
         eval=before.manifest.eval,
@@ -80,13 +82,14 @@ def compare_runs(before: Run, after: Run) -> Comparison:
         before_mean=float(first.mean()),
         after_mean=float(second.mean()),
         difference=float((second - first).mean()),
-        difference_interval=interval,
+        difference_interval=mean_interval(differences),
         ratio=ratio[0] if ratio else None,
         ratio_interval=ratio[1] if ratio else None,
         gained=gained,
         lost=lost,
         p_value=p_value,
-        verdict=_verdict(before.manifest.eval, float((second - first).mean()), interval, p_value),
+        test="McNemar's exact test" if binary else "Wilcoxon's signed-rank test",
+        verdict=_verdict(before.manifest.eval, differences, p_value),
     )
 
 
@@ -98,14 +101,10 @@ def _ratio(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[flo
     return float(np.exp(logs.mean())), interval
 
 
-def _verdict(eval_name: str, difference: float, interval: Interval | None, p_value: float | None) -> str:
-    if p_value is not None:
-        beyond_chance = p_value < SIGNIFICANCE
-    else:
-        beyond_chance = interval is not None and (interval.low > 0 or interval.high < 0)
-    if not beyond_chance:
+def _verdict(eval_name: str, differences: list[float], p_value: float) -> str:
+    if p_value >= SIGNIFICANCE:
         return "cannot be told apart"
-    return "worse" if (difference > 0) == (eval_name in LOWER_IS_BETTER) else "better"
+    return "worse" if (sum(differences) > 0) == (eval_name in LOWER_IS_BETTER) else "better"
 
 
 def _refuse_other_questions(before: Run, after: Run) -> None:

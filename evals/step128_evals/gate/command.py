@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from step128_evals.errors import BadInputError, ThresholdError
+from step128_evals.errors import ThresholdError
 from step128_evals.gate.rules import Verdict, check_rules, read_rules
 from step128_evals.options import Parsers, Result, add_command
-from step128_evals.runs import Run, read_run
+from step128_evals.runs import read_run
 
 
 def add_parser(commands: Parsers) -> None:
@@ -28,7 +28,8 @@ def add_parser(commands: Parsers) -> None:
 
 def _gate(parsed: argparse.Namespace) -> Result:
     rules = read_rules(parsed.thresholds)
-    verdicts = check_rules(rules, _by_eval(parsed.results), _by_eval(parsed.baseline))
+    runs, baselines = ([read_run(path) for path in paths] for paths in (parsed.results, parsed.baseline))
+    verdicts = check_rules(rules, runs, baselines)
     missed = [verdict for verdict in verdicts if verdict.outcome == "failed"]
     if not parsed.json:
         _print(verdicts)
@@ -36,22 +37,12 @@ def _gate(parsed: argparse.Namespace) -> Result:
     return report, ThresholdError.exit_code if missed else 0
 
 
-def _by_eval(paths: Iterable[Path]) -> dict[str, Run]:
-    runs: dict[str, Run] = {}
-    for path in paths:
-        run = read_run(path)
-        if other := runs.get(run.manifest.eval):
-            raise BadInputError(f"{other.path} and {path} are both of the eval {run.manifest.eval}; give one of them")
-        runs[run.manifest.eval] = run
-    return runs
-
-
 def _print(verdicts: list[Verdict]) -> None:
     table = Table("gate", "", "found", "why")
     colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
     for verdict in verdicts:
         mark = f"[{colours[verdict.outcome]}]{verdict.outcome}[/]"
-        table.add_row(verdict.rule, mark, verdict.found, verdict.why)
+        table.add_row(escape(verdict.rule), mark, escape(verdict.found), escape(verdict.why))
     Console(soft_wrap=True).print(table)
     failed = sum(verdict.outcome == "failed" for verdict in verdicts)
     print(f"{failed} of {len(verdicts)} gates are missed" if failed else f"all {len(verdicts)} gates passed or skipped")

@@ -6,10 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from step128_evals.errors import CannotWriteError
-from step128_evals.evaluation import SUMMARIES, summary_of
+from step128_evals.evaluation import SUMMARIES, summarize, summary_of
 from step128_evals.files import write_whole
 from step128_evals.report.claims import CLAIMS
 from step128_evals.runs import Run
@@ -32,7 +31,6 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     Raises:
         CannotWriteError: the folder cannot be made or written.
     """
-    write_whole(folder / "report.md", "")  # the folder is there, and can be written, before pictures are drawn
     parts = [_head(runs), _overview(runs), _claims(runs)]
     for number, run in enumerate(runs):
         parts.append(_section(run, folder / f"{run.manifest.eval}-{number}"))
@@ -50,7 +48,7 @@ def _overview(runs: Sequence[Run]) -> str:
     lines = ["## What was run", "", "| eval | result | model | state |", "|---|---|---|---|"]
     for run in runs:
         module = summary_of(run.manifest.eval)
-        headline = cell(module.headline(module.summarize(run)))
+        headline = cell(module.headline(summarize(run)))
         lines.append(f"| {TITLES[run.manifest.eval]} | {headline} | {cell(run.manifest.model)} | {_state(run)} |")
     absent = [name for name in SUMMARIES if name not in {run.manifest.eval for run in runs}]
     lines += [f"| {TITLES[name]} | not measured | | no result file |" for name in absent]
@@ -79,7 +77,7 @@ def _claims(runs: Sequence[Run]) -> str:
         for run in runs:
             if run.manifest.eval == claim.eval:
                 module = summary_of(claim.eval)
-                found.append(cell(f"{module.headline(module.summarize(run))} ({run.manifest.model})"))
+                found.append(cell(f"{module.headline(summarize(run))} ({run.manifest.model})"))
         lines.append(f"| {claim.text} | {'; '.join(found) or 'not measured'} | {claim.open} |")
     return "\n".join(lines)
 
@@ -87,7 +85,7 @@ def _claims(runs: Sequence[Run]) -> str:
 def _section(run: Run, pictures: Path) -> str:
     manifest = run.manifest
     module = summary_of(manifest.eval)
-    summary: dict[str, Any] = module.summarize(run)
+    summary = summarize(run)
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         body = module.markdown(run, summary, pictures).strip()
