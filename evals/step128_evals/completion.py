@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from step128_evals.chat import Answer
+from step128_evals.chat import SEED, Answer
 from step128_evals.client import Client
 from step128_evals.errors import EvalError
 
@@ -16,7 +16,7 @@ IGNORE_EOS = {"ignore_eos": True}
 async def complete(
     client: Client, model: str, prompt: list[int] | str, max_tokens: int, extra: dict[str, Any] | None = None
 ) -> Answer:
-    """Continue a prompt greedily.
+    """Continue a prompt greedily, with a fixed seed.
 
     Args:
         client: open.
@@ -44,6 +44,7 @@ async def complete(
             prompt="",
             max_tokens=max_tokens,
             temperature=0.0,
+            seed=SEED,
             stream=True,
             stream_options={"include_usage": True},
             # The client converts its own arguments piece by piece: seconds for 200,000 token ids, before it sends them.

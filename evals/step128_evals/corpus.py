@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import pydoc_data.topics
 import sysconfig
 from dataclasses import dataclass
@@ -10,6 +11,13 @@ from pathlib import Path
 
 from step128_evals.errors import BadInputError, InputNotFoundError
 from step128_evals.files import read_text, sha256
+
+_NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+_NOT_EVERYWHERE = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "turtle.py", "venv"}
+"""What distributions package apart from the rest of Python, or leave out."""
+
+_BUILT = ("_sysconfigdata", "_sysconfig_vars", "config-", "sitecustomize", "usercustomize")
+"""How the names begin of what a build of Python, or its packager, writes: paths and compiler flags."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in a fixed order. ``label`` says where they are from; two corpora are equal if :attr:`sha256` is."""
+    """Files in a fixed order. ``label`` names them for people; two corpora are equal if :attr:`sha256` is."""
 
     label: str
     files: tuple[SourceFile, ...]
@@ -34,20 +42,23 @@ class Corpus:
 
 
 def python_corpus(folder: Path | None = None) -> Corpus:
-    """The ``*.py`` files of a folder (None: the standard library of this Python, without its tests), sorted by name.
+    """The ``*.py`` files of a folder (None: the standard library of this Python), sorted by name.
+
+    Of the standard library, its tests are left out, and all that a build writes or that a distribution may package
+    apart: two machines with the same release of Python have the same corpus, unless a distribution patches modules.
+    The label of a folder is its own name, however its path is spelled.
 
     Raises:
         InputNotFoundError: no such folder.
         BadInputError: it has no Python file.
     """
-    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    root = (folder or Path(sysconfig.get_paths()["stdlib"])).resolve()
     if not root.is_dir():
         raise InputNotFoundError(f"{root}: no such folder")
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "pydoc_data"}
     files = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if folder is None and left_out & set(relative.parts):
+        if folder is None and _left_out(relative):
             continue
         try:
             files.append(SourceFile(relative.as_posix(), read_text(path)))
@@ -55,8 +66,12 @@ def python_corpus(folder: Path | None = None) -> Corpus:
             continue  # a file in another encoding: a few of the standard library's
     if not files:
         raise BadInputError(f"{root} has no Python file in UTF-8")
-    version = sysconfig.get_python_version()
-    return Corpus(str(folder) if folder else f"the standard library of Python {version}", tuple(files))
+    return Corpus(root.name if folder else f"the standard library of Python {platform.python_version()}", tuple(files))
+
+
+def _left_out(relative: Path) -> bool:
+    parts = set(relative.parts)
+    return bool(parts & (_NOT_TEXT | _NOT_EVERYWHERE)) or any(part.startswith(_BUILT) for part in parts)
 
 
 def prose() -> str:

@@ -38,7 +38,6 @@ _NAMES = {
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _DRAFTS = re.compile(r"(vllm|llamacpp):spec_decode_num_drafts_total")
 _ACCEPTED = re.compile(r"(vllm|llamacpp):spec_decode_num_accepted_tokens_per_pos_total")
-_COUNTS_DRAFTS = ("vllm:", "llamacpp:")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class ServerCounters:
 
     ``kv_cache_usage`` is the fullest engine's share (0 to 1) of the cache that requests hold. ``resident_bytes`` is the
     memory of the process that answers ``/metrics``, which need not be the one that holds the model.
-    ``num_speculative_tokens``: drafted positions; 0 if the server would count drafts and has none.
+    ``num_speculative_tokens``: drafted positions. 0: it drafts nothing, which only vLLM tells, since it counts every
+    position from its start. llama.cpp shows no position before it drafted, whether it ever will or not: None.
     """
 
     drafts: DraftCounters | None = None
@@ -96,9 +96,9 @@ def parse_metrics(metrics_text: str) -> ServerCounters:
     values: dict[str, float] = {}
     drafts: float | None = None
     accepted: dict[int, float] = {}
-    counts_drafts = False
+    vllm = False
     for family in text_string_to_metric_families(metrics_text):
-        counts_drafts |= family.name.startswith(_COUNTS_DRAFTS)
+        vllm |= family.name.startswith("vllm:")
         for sample in family.samples:
             if _DRAFTS.fullmatch(sample.name):
                 drafts = (drafts or 0.0) + sample.value
@@ -108,16 +108,20 @@ def parse_metrics(metrics_text: str) -> ServerCounters:
             elif field := _FIELDS.get(sample.name):
                 before = values.get(field, 0.0)
                 values[field] = max(before, sample.value) if field == "kv_cache_usage" else before + sample.value
-    # llama.cpp has the total without speculation too, but then no positions.
+    # llama.cpp has the total, 0, without speculation too, but then no positions.
     counters = DraftCounters(drafts, tuple(accepted[i] for i in sorted(accepted))) if drafts is not None else None
-    counters = counters if accepted else None
-    depth = len(accepted) if accepted else 0 if counts_drafts else None
+    depth = len(accepted) if accepted else 0 if vllm else None
     return ServerCounters(drafts=counters, num_speculative_tokens=depth, **values)
 
 
 def parse_counters(metrics_text: str) -> DraftCounters | None:
-    """Read the totals of speculative decoding; None without it."""
-    return parse_metrics(metrics_text).drafts
+    """Read the totals of speculative decoding; None if nothing was drafted yet, and nothing shows that it will be."""
+    return _drafting(parse_metrics(metrics_text))
+
+
+def _drafting(counters: ServerCounters | None) -> DraftCounters | None:
+    drafts = counters.drafts if counters else None
+    return drafts if drafts and (drafts.accepted or drafts.drafts) else None
 
 
 def acceptance_between(before: DraftCounters | None, after: DraftCounters | None) -> Acceptance | None:
@@ -172,9 +176,8 @@ def _totals(counters: ServerCounters) -> tuple[object, ...]:
 
 
 async def read_counters(client: Client) -> DraftCounters | None:
-    """The totals of speculative decoding at rest; None if the server has none."""
-    counters = await read_at_rest(client)
-    return counters.drafts if counters else None
+    """The totals of speculative decoding at rest; None as :func:`parse_counters`."""
+    return _drafting(await read_at_rest(client))
 
 
 def foreign_traffic(before: ServerCounters, after: ServerCounters, requests: int, tokens: int | None) -> str | None:

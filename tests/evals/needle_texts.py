@@ -108,7 +108,7 @@ PROMPT_TEMPLATE = (
     "Copy {n} lines of `{name}`{file_qualifier}, {anchor_phrase}, not `{signature_marker}`.{thinking_suffix}"
 )
 ANCHOR_PHRASE = {"js": "after the brace of {name}", "py": "after def {name}"}
-SIGNATURE_MARKER = {"js": "function {name}(", "py": "def {name}("}
+SIGNATURE_MARKER = {"js": "the head of {name}", "py": "{name} and its colon"}
 NO_THINK_SUFFIX = " /no_think"
 raise SystemExit("a clone is never executed")
 '''

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from step128_evals.acceptance.figures import figures
 from step128_evals.cli import main
 from step128_evals.runs import Item, Manifest, open_results
 
@@ -23,6 +24,7 @@ def result(path: Path, depth: int | None, speeds: dict[str, float], spread: floa
             speed = speeds[domain] * (1 + 0.1 * index) * noise.uniform(1 - spread, 1 + spread)
             data = {"domain": domain, "tokens": 101, "first_token_seconds": 0.5, "seconds": 0.5 + 100 / speed}
             data |= {"drafts": 40 if depth else 0, "accepted": [30 - 10 * i for i in range(depth or 0)]}
+            data |= {"counts_drafts": depth is not None}
             results.append(Item(f"{domain}-{index:02}", "measured", data=data))
     return str(path)
 
@@ -65,6 +67,28 @@ def test_a_tie_prefers_the_smaller_depth(tmp_path: Path, capsys: pytest.CaptureF
         assert "times as fast" in group["reason"] and "cannot be told apart from 1" in group["reason"]
     assert advice["missing_depths"] == [2, 3]
     assert "step128 serve MODEL --num-speculative-tokens N" in advice["how_to_measure"]
+
+
+def test_a_depth_that_was_not_told_is_what_the_prompts_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"code": 20.0, "chat": 20.0}
+    files = [result(tmp_path / f"{depth}.jsonl", depth, speeds) for depth in (0, 3)]
+    for file in files:
+        told = Path(file).read_text()
+        hidden = told.replace('"num_speculative_tokens": 3', '"num_speculative_tokens": null')
+        hidden = hidden.replace('"num_speculative_tokens": 0', '"num_speculative_tokens": null')
+        assert hidden != told
+        Path(file).write_text(hidden)
+    assert advise(capsys, *files)["measured_depths"] == [0, 3]
+
+
+def test_answers_without_a_time_after_the_first_token_have_no_speed() -> None:
+    shown = {"tokens": 11, "first_token_seconds": 1.0, "seconds": 3.0, "drafts": 0, "accepted": []}
+    hidden = shown | {"first_token_seconds": 3.0}
+    one = shown | {"tokens": 1}
+    items = [Item(str(number), "measured", data=data) for number, data in enumerate((shown, hidden, one))]
+    found = figures(items, 0)
+    assert found["decode_tokens_per_second"] == 5 and found["tokens_per_second"] == pytest.approx(23 / 9)
+    assert figures(items[1:], 0)["decode_tokens_per_second"] is None
 
 
 def test_text_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,10 @@ def test_no_drafts_is_no_acceptance() -> None:
 
 def test_llama_cpp() -> None:
     plain = parse_metrics(LLAMA_CPP.format(drafts=0))
-    assert plain.drafts is None and plain.num_speculative_tokens == 0
+    # It may draft or not: the positions show only after the first draft.
+    assert plain.num_speculative_tokens is None and parse_counters(LLAMA_CPP.format(drafts=0)) is None
+    assert plain.drafts == DraftCounters(0, ())
+    assert parse_metrics("# TYPE vllm:num_requests_running gauge\n").num_speculative_tokens == 0
     assert plain.busy == 3 and plain.generated_tokens == 77 and plain.finished_requests is None
     drafting = parse_metrics(LLAMA_CPP.format(drafts=8) + LLAMA_CPP_DRAFTING)
     assert drafting.drafts == DraftCounters(8, (6, 3)) and drafting.num_speculative_tokens == 2

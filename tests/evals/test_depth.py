@@ -52,13 +52,70 @@ def test_what_cannot_be_said_is_none() -> None:
     data = {"kind": "cold", "depth_tokens": 9, "concurrency": 1, "cached_prompt_tokens": None, "seconds": 1.0}
     one = Item("a", "measured", data=data | {"requests": [request(1.0, 1.0, tokens=1, prompt_tokens=None)]})
     figures = cell_figures([one])
+    assert figures["first_token_seconds"]["median"] == 1
     assert figures["decode_tokens_per_second"] is None and figures["prefill_tokens_per_second"] is None
     assert figures["cached_share"] is None and figures["prompt_tokens"] is None
+
+
+def test_answers_that_show_nothing_are_in_no_figure() -> None:
+    data = {"kind": "cold", "depth_tokens": 9, "concurrency": 2, "cached_prompt_tokens": None, "seconds": 3.0}
+    hidden = request(3.0, 3.0)
+    figures = cell_figures([Item("a", "measured", data=data | {"requests": [request(1.0, 3.0), hidden]})])
+    assert figures["first_token_seconds"] == {"min": 1, "median": 1, "max": 1} and figures["unseen_answers"] == 1
+    assert figures["decode_tokens_per_second"]["max"] == 5 and figures["prefill_tokens_per_second"] is None
+    figures = cell_figures([Item("a", "measured", data=data | {"requests": [hidden]})])
+    assert figures["first_token_seconds"] is None and figures["decode_tokens_per_second"] is None
+
+
+def test_hidden_answers_end_to_end(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(path: str, body: dict[str, Any]) -> Reply | None:
+        return Reply("", tokens=128, delay_seconds=0.05) if body.get("stream") and body["max_tokens"] > 4 else None
+
+    server.oracle.lacking, server.answer = frozenset({"/tokenize", "/metrics"}), answer
+    assert run(server.oracle, "--depths", "300", "--concurrencies", "1", "--repeats", "1") == 0
+    out = capsys.readouterr().out
+    assert "0.00" not in out and "showed nothing before their end" in out
+    assert out.splitlines()[-1].startswith("items:")
+
+
+def test_depth_zero_has_no_prefill_speed(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(server.oracle, *SMALL) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]["cold"]
+    assert cells["0"]["1"]["prefill_tokens_per_second"] is None
+    assert cells["300"]["1"]["prefill_tokens_per_second"]["median"] > 0
+    assert run(server.oracle, *SMALL[:-1]) == 0
+    out = capsys.readouterr().out
+    assert "first token is latency" in out and "no confidence intervals" in out
+
+
+def test_depths_without_room_for_a_prompt_are_refused(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(server.oracle, "--depths", "0,100,128,300") == 65
+    assert "leaves no prompt at depth 100, 128" in capsys.readouterr().err
+
+
+def test_equal_depths_are_measured_once(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--depths", "300,300", "--concurrencies", "2,2", "--repeats", "1", "--output-tokens", "8", "--json"]
+    assert run(server.oracle, *options) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 1
+    assert len(prompts(server)) == 2 + 2
+
+
+def test_metrics_that_vanish_are_an_error(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(path: str, body: dict[str, Any]) -> Reply | None:
+        if len(prompts(server)) == 2:
+            server.oracle.metrics = None
+        return None
+
+    server.answer = answer
+    options = ["--depths", "300", "--concurrencies", "1", "--repeats", "1", "--output-tokens", "8"]
+    assert run(server.oracle, *options) == 70
+    assert "hides its /metrics since the cell began" in capsys.readouterr().err
 
 
 def test_cells_and_exact_prompts(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(server.oracle, *SMALL) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["others_would_show"]
     assert list(report["cells"]) == ["cold"] and list(report["cells"]["cold"]) == ["0", "300", "1000"]
     lengths = [len(prompt) for prompt in prompts(server)]
     assert lengths[:3] == [992] * 3  # the warm-up: as many as there will be at once
@@ -72,7 +129,9 @@ def test_cells_and_exact_prompts(server: Counting, capsys: pytest.CaptureFixture
     headers = [b["prompt"] for p, b in server.oracle.requests if p == "/tokenize" and b["prompt"].startswith("# ")]
     assert len(set(headers)) == len(headers) == 3 + 2 * 3 * 4
     streamed = [body for _, body in server.oracle.requests if isinstance(body.get("prompt"), list)]
-    assert all(body["stream"] and body["ignore_eos"] and body["temperature"] == 0 for body in streamed)
+    assert all(
+        body["seed"] == 42 and body["stream"] and body["ignore_eos"] and body["temperature"] == 0 for body in streamed
+    )
 
 
 def test_beyond_the_context_is_unsupported(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,9 +208,11 @@ def test_server_without_ignore_eos(server: Counting, capsys: pytest.CaptureFixtu
 
 def test_server_that_only_chats(server: Counting, capsys: pytest.CaptureFixture[str]) -> None:
     server.oracle.lacking = frozenset({"/tokenize", "/metrics"})
+    assert run(server.oracle, *SMALL[:-1]) == 0
+    assert "Whether others used the server meanwhile cannot be told" in capsys.readouterr().out
     assert run(server.oracle, *SMALL) == 0
     report = json.loads(capsys.readouterr().out)
-    assert not report["exact"]
+    assert not report["exact"] and not report["others_would_show"]
     # By text, after one calibration: within a fifth of what was wanted.
     assert report["cells"]["cold"]["1000"]["1"]["prompt_tokens"]["median"] == pytest.approx(992, rel=0.2)
     assert report["cells"]["cold"]["300"]["3"]["cached_share"] is None
@@ -166,5 +227,6 @@ def test_report_and_score(server: Counting, tmp_path: Path) -> None:
     summary = module.summarize(result)
     assert "![speed by depth](depth.svg)" in module.markdown(result, summary, tmp_path)
     assert (tmp_path / "depth.svg").stat().st_size > 5000
+    assert "1 at once, cached" in (tmp_path / "depth.svg").read_text()  # matplotlib notes each text as a comment
     assert len(module.score(result)) == len(result.items) == 20
     assert module.headline(summary).startswith("1000 tokens deep, 1 at once: first token after")

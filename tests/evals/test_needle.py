@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from needle_texts import copying, fenced, write_corpus
 from oracle import KEY, Oracle, Reply
 
 from step128_evals.cli import main
-from step128_evals.needle import summary
+from step128_evals.needle import corrected_mode, summary
 from step128_evals.runs import read_run
 
 Needle = Callable[..., tuple[int, dict[str, Any]]]
@@ -47,9 +49,14 @@ def asked(oracle: Oracle) -> list[dict[str, Any]]:
     return [body for body in oracle.chats() if "Write down" in str(body["messages"])]
 
 
+TENTHS = "0,10,20,30,40,50,60,70,80,90,100"
+
+
 def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     oracle.respond = copying(lambda lines, _: fenced(lines))
-    code, report = needle("--lengths", "4k,7k", "--max-tokens", "700", "--reasoning-effort", "low", items=100)
+    code, report = needle(
+        "--lengths", "7k,9k", "--depths", TENTHS, "--max-tokens", "700", "--reasoning-effort", "low", items=100
+    )
     assert code == 0
     for name in ("exact", "rstrip", "strip"):
         assert (report[name]["passed"], report[name]["rate"], report[name]["line_share"]) == (100, 1.0, 1.0)
@@ -58,7 +65,7 @@ def test_perfect_answers_are_100_of_100(oracle: Oracle, needle: Needle) -> None:
     assert report["headline"].startswith("100 of 100 exact (95 %: 96.3 to 100.0 %), up to ")
     assert sum(cell["answered"] for cell in report["cells"]) == 100
     assert {(cell["length"], cell["depth"]) for cell in report["cells"]} == {
-        (length, depth) for length in (4096, 7168) for depth in (0, 50, 100)
+        (length, depth) for length in (7168, 9216) for depth in range(0, 101, 10)
     }
     bodies = asked(oracle)
     assert {(b["temperature"], b["max_tokens"], b["reasoning_effort"]) for b in bodies} == {(0, 700, "low")}
@@ -92,7 +99,7 @@ def test_scores_are_exact(oracle: Oracle, needle: Needle) -> None:
     for index, name in enumerate(("exact", "rstrip", "strip")):
         assert report[name]["passed"] == sum(passes[index] for _, passes, _ in KINDS)
     assert report["exact"]["line_share"] == pytest.approx(sum(share for _, _, share in KINDS) / len(KINDS))
-    assert (report["cut_by_budget"], report["invented_lines"]) == (3, 2)
+    assert (report["cut_by_budget"], report["invented_lines"]) == (3, 2)  # "nothing = 0", "I do not know."
     items = read_run(Path(report["results"])).items.values()
     for item, (_, passes, share) in zip(items, KINDS, strict=True):
         assert item.status == ("passed" if passes[0] else "failed")
@@ -118,13 +125,42 @@ def test_errors_are_no_failures_and_are_asked_again(oracle: Oracle, needle: Need
     assert (report["answered"], report["exact"]["passed"], report["request_errors"]) == (12, 12, 0)
 
 
-def test_closed_book_asks_the_same_functions_without_the_haystack(oracle: Oracle, needle: Needle) -> None:
+def test_the_whole_haystack_is_no_answer(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
+    def dump(path: str, body: dict[str, Any]) -> Reply | None:
+        haystack, cut, _ = str(body.get("messages", [{}])[0].get("content")).partition("\n-----\n")
+        return Reply(f"```\n{haystack}\n```") if cut else None
+
+    oracle.respond = dump
+    code, report = needle()
+    assert (code, report["exact"]["passed"], report["strip"]["passed"]) == (0, 0, 0)
+    assert "lines are not the function's" in read_run(tmp_path / "needle.jsonl").with_status("failed")[0].why
+    assert "last code block" in summary.text(report)
+
+
+def test_without_usage_the_planned_tokens_are_told(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
+    oracle.respond = copying(lambda lines, _: replace(fenced(lines), usage=False))
+    _, report = needle()
+    counted = [item.data["counted_prompt_tokens"] for item in read_run(tmp_path / "needle.jsonl").items.values()]
+    assert report["longest_prompt_tokens"] == max(counted) > 3000
+    assert report["headline"].endswith(f"up to {max(counted)} tokens")
+
+
+def test_closed_book_asks_the_same_functions_without_the_haystack(
+    oracle: Oracle, needle: Needle, tmp_path: Path
+) -> None:
     oracle.respond = lambda path, body: Reply("no idea") if "from memory" in str(body) else None
     code, report = needle("--closed-book")
     assert code == 0
     assert (report["exact"]["passed"], report["closed_book"]) == (0, True)
     assert max(len(body["messages"][0]["content"]) for body in asked(oracle)) < 1000
     assert report["headline"].endswith("by heart")
+    assert report["cells"] == []
+    run = read_run(Path(report["results"]))
+    figures = summary.summarize(run)
+    shown = summary.text(figures) + summary.markdown(run, figures, tmp_path / "pictures")
+    assert not any(word in shown for word in ("depth in", "\\ depth", "needle.svg"))  # there is no haystack
+    assert "0/12" in shown
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize(
@@ -168,11 +204,45 @@ def test_another_run_is_not_mixed_in(oracle: Oracle, needle: Needle) -> None:
     assert "max_tokens was 2500 and is now 99" in report["error"]
 
 
+def test_a_depth_named_twice_is_one(oracle: Oracle, needle: Needle) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    assert needle("--depths", "0,100")[0] == 0
+    before = len(asked(oracle))
+    code, report = needle("--depths", "100,0,0,0,0")
+    assert (code, report["items"], len(asked(oracle))) == (0, 12, before)
+
+
+def test_other_words_of_a_question_or_another_scoring_are_another_run(
+    oracle: Oracle, needle: Needle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    assert needle()[0] == 0
+    with monkeypatch.context() as other:
+        other.setattr(corrected_mode, "question", lambda *_: "What comes next?")
+        code, report = needle()
+    assert (code, "questions_sha256 was" in report["error"]) == (65, True)
+    monkeypatch.setattr(corrected_mode, "SCORING_VERSION", 99)
+    code, report = needle()
+    assert (code, "scoring was" in report["error"]) == (65, True)
+
+
+def test_another_spelling_of_the_corpus_is_the_same_run(
+    oracle: Oracle, needle: Needle, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle.respond = copying(lambda lines, _: fenced(lines))
+    assert needle()[0] == 0
+    monkeypatch.chdir(corpus)
+    assert needle("--corpus", ".")[0] == 0
+    moved = shutil.copytree(corpus, tmp_path / "elsewhere" / corpus.name)
+    assert needle("--corpus", str(moved))[0] == 0
+
+
 def test_a_server_without_a_tokenizer_stays_below_its_lengths(oracle: Oracle, needle: Needle, tmp_path: Path) -> None:
     oracle.lacking = frozenset({"/tokenize"})
     oracle.respond = copying(lambda lines, _: fenced(lines))
     code, report = needle("--lengths", "4k,8k")
-    assert (code, report["token_counts"], report["exact"]["passed"]) == (0, "estimated", 12)
+    assert (code, report["token_counts"], report["exact"]["rate"]) == (0, "estimated", 1.0)
+    assert report["answered"] == report["items_planned"] >= 10
     for item in read_run(tmp_path / "needle.jsonl").items.values():
         assert item.data["prompt_tokens"] <= item.data["length"]
 

@@ -85,9 +85,11 @@ def test_the_prompt_is_the_clones(tmp_path: Path) -> None:
     prompt = template.fill(corpus.source, "js", "plain", 20, no_think=True)
     assert prompt == (
         f"// ====== {tmp_path}/fixtures/script.js ======\n{JAVASCRIPT}\n"
-        "Copy 20 lines of `plain`, after the brace of plain, not `function plain(`. /no_think"
+        "Copy 20 lines of `plain`, after the brace of plain, not `the head of plain`. /no_think"
     )
-    assert template.fill("", "py", "f", 20, no_think=False) == "Copy 20 lines of `f`, after def f, not `def f(`."
+    assert (
+        template.fill("", "py", "f", 20, no_think=False) == "Copy 20 lines of `f`, after def f, not `f and its colon`."
+    )
     assert commit_of(clone) is None
 
 

@@ -6,14 +6,17 @@ from step128_evals.needle.scoring import answer_lines, invented_lines, score_lin
 
 ASKED = [f"    step({number})" for number in range(20)]
 TEXT = "\n".join(ASKED)
+FUNCTION = ["@cached", "def f(", "    a,", "):", *ASKED, "    return 1"]
 
 
 def scores(answer: str) -> list[tuple[bool, int]]:
     """(passed, lines) under exact, rstrip, strip."""
-    found = score_lines(ASKED, answer_lines(answer))
+    said = answer_lines(answer)
+    found = score_lines(ASKED, said, invented_lines(FUNCTION, said))
     return [(found[name].passed, found[name].lines) for name in ("exact", "rstrip", "strip")]
 
 
+WRONG = TEXT.replace("step(7)", "step(70)")
 ALL, NONE = (True, 20), (False, 0)
 
 
@@ -28,7 +31,18 @@ ALL, NONE = (True, 20), (False, 0)
         (TEXT.replace("\n", "\r\n"), [ALL] * 3),
         (TEXT.replace("\n", "\r"), [ALL] * 3),
         ("\n\n  \n".join(ASKED), [ALL] * 3),  # blank lines never count
-        (f"def f():\n{TEXT}\n    return 1", [ALL] * 3),  # the signature before, the body going on after
+        (f"def f(\n    a,\n):\n{TEXT}\n    return 1", [ALL] * 3),  # the signature before, the body going on after
+        (f"@cached\ndef f(\na,\n):\n{TEXT}", [ALL] * 3),  # whose indentation is not asked for
+        (f"~~~\n{TEXT}\n~~~", [ALL] * 3),
+        (f"```\n{WRONG}\n```\nOr rather:\n```\n{TEXT}\n```", [ALL] * 3),  # the last block is the answer
+        (f"```\n{TEXT}\n```\n```\n\n```\n```", [ALL] * 3),  # the last with a line in it
+        (f"```\n{TEXT}\n```\nOr rather:\n```\n{WRONG}\n```", [(False, 19)] * 3),
+        ("```\n{}\n```\nand\n```\n{}\n```".format("\n".join(ASKED[:10]), "\n".join(ASKED[10:])), [(False, 10)] * 3),
+        (f"{WRONG}\n{TEXT}", [(False, 20)] * 3),  # two attempts in one
+        (f"{TEXT}\n{TEXT}", [(False, 20)] * 3),
+        (f"def before():\n    pass\n{TEXT}", [(False, 20)] * 3),
+        (f"{TEXT}\n    return 1\ndef after():\n    pass", [(False, 20)] * 3),
+        (f"Here you are:\n{TEXT}", [(False, 20)] * 3),  # prose belongs outside a code block
         (f"<think>\nstep(0)?\n</think>\n\n{TEXT}", [ALL] * 3),
         (f"thinking without its beginning</think>{TEXT}", [ALL] * 3),
         (f"<think>\n{TEXT}", [NONE] * 3),  # never came to an answer
@@ -52,12 +66,12 @@ def test_scores(answer: str, wanted: list[tuple[bool, int]]) -> None:
 
 def test_trailing_whitespace_of_the_file_must_be_copied() -> None:
     asked = ["    a  ", "    b"]
-    assert score_lines(asked, answer_lines("    a  \n    b"))["exact"].passed
-    without = score_lines(asked, answer_lines("    a\n    b"))
+    assert score_lines(asked, answer_lines("    a  \n    b"), 0)["exact"].passed
+    without = score_lines(asked, answer_lines("    a\n    b"), 0)
     assert not without["exact"].passed
     assert without["rstrip"].passed
 
 
 def test_invented_lines_are_of_no_part_of_the_function() -> None:
-    said = ["def f():", "step(0)", "    step(30)", "    nowhere()"]
-    assert invented_lines([*ASKED, "    step(30)"], "def f():", said) == 1
+    said = ["def f(", "step(0)", "    step(19)", "    nowhere()", "step(0)"]
+    assert invented_lines(FUNCTION, said) == 2

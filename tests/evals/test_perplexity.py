@@ -62,7 +62,7 @@ def test_with_bos(oracle: Oracle, capsys: Any, dialect: str, concurrency: str) -
 
 def test_without_bos_from_standard_input(oracle: Oracle, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle.respond = ScriptedModel(bos=False).respond
-    monkeypatch.setattr("sys.stdin", io.StringIO("a" * 40))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a" * 40)))
     options = ["--text", "-", "--context-tokens", "10", "--max-chunks", "2"]
     assert main(["ppl", "--base-url", oracle.url, *options]) == 0
     out = capsys.readouterr().out
@@ -118,6 +118,7 @@ def test_lm_evals_definition(oracle: Oracle, capsys: Any) -> None:
     assert report["byte_perplexity"] == pytest.approx(math.exp(total / 10))
     assert report["bits_per_byte"] == pytest.approx(total / 10 / math.log(2))
     assert report["prefix_token_id"] == BOS and "each token is scored once" in report["definition"]
+    assert "nothing but white space left out" in report["definition"]
     low, high = report["byte_perplexity_interval"].values()
     assert low < report["byte_perplexity"] < high
 

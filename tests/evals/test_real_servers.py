@@ -41,7 +41,11 @@ OPTIONS = {
 }
 OPTIONS["tools"] += ["--max-tokens", "64"]
 SAVES = [name for name in OPTIONS if name not in ("probe", "smoke")]
-UNSUPPORTED_BY_LLAMA_CPP = {"ppl": "prompt logprobs", "vision": "images"}
+UNSUPPORTED_BY_LLAMA_CPP = {
+    "ppl": "has no prompt logprobs",
+    "tools": "takes tools and leaves them out of the prompt",
+    "vision": "has no images",
+}
 # It has no image, and SmolLM2 calls no tool.
 FAILED_BY_LLAMA_CPP = {"smoke": ["image", "tool call"]}
 
@@ -125,12 +129,18 @@ def test_each_eval(target: Target, name: str, measured: Measured) -> None:
     target.results[name] = (code, report)
     if target.name == "llama.cpp" and name in UNSUPPORTED_BY_LLAMA_CPP:
         assert code == 4, (report, said)
-        assert f"has no {UNSUPPORTED_BY_LLAMA_CPP[name]}" in report["error"]
+        assert UNSUPPORTED_BY_LLAMA_CPP[name] in report["error"]
         assert not target.path(name).exists()
-        measured(f"{name:10} {target.name:9} exit 4 {seconds:5.0f} s  {report['error'][:100]}")
+        why = report["error"].removeprefix(f"unsupported: {target.url} ")
+        measured(f"{name:10} {target.name:9} exit 4 {seconds:5.0f} s  {why[:160]}")
         return
     failed = FAILED_BY_LLAMA_CPP.get(name, []) if target.name == "llama.cpp" else []
-    assert code == (70 if failed else 0), (report, said)
+    expected = 70 if failed else 0
+    if name == "soak":  # whether a minute's times drift is up to what else the machine does
+        missed = {verdict for verdict, row in report["verdicts"].items() if row["outcome"] == "failed"}
+        assert missed <= {"drift_first_token", "drift_decode"}, report
+        expected = 70 if missed else 0
+    assert code == expected, (report, said)
     if name in SAVES:
         run = read_run(target.path(name))
         assert run.items and run.missing == 0 and not run.with_status("error")
@@ -147,13 +157,13 @@ def test_each_eval(target: Target, name: str, measured: Measured) -> None:
 
 def test_report_show_compare_and_gate(target: Target, cli: Callable[..., Any], tmp_path: Path) -> None:
     found = [target.path(name) for name in SAVES if target.path(name).exists()]
-    assert len(found) == (8 if target.name == "ours" else 6)
+    assert len(found) == len(SAVES) - (len(UNSUPPORTED_BY_LLAMA_CPP) if target.name == "llama.cpp" else 0)
     done = cli("step128-eval", "report", *found, "--out", tmp_path / "report", "--json")
     assert done.returncode == 0, done.stderr
     document = (tmp_path / "report/report.md").read_text()
     pictures = list((tmp_path / "report").rglob("*.svg"))
     assert pictures and all(f"{path.parent.name}/{path.name}" in document for path in pictures)
-    rules = []
+    rules = {}
     for path in found:
         name = read_run(path).manifest.eval
         shown = cli("step128-eval", "show", path, "--json")
@@ -162,13 +172,14 @@ def test_report_show_compare_and_gate(target: Target, cli: Callable[..., Any], t
         assert compared.returncode == 0, compared.stderr
         result = json.loads(compared.stdout)
         assert result["difference"] == 0 and result["unpaired"] == 0 and result["pairs"] > 0, name
-        rules.append({"eval": name, "not_worse_than_baseline": True})
-    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
-    good.write_text(json.dumps({"gates": rules}))
-    bad.write_text(json.dumps({"gates": [{"eval": "tools", "figure": "no_such.figure", "at_least": 1}]}))
-    for thresholds, expected in ((good, 0), (bad, 3)):
-        done = cli("step128-eval", "gate", thresholds, *found, "--baseline", *found, "--json")
-        assert done.returncode == expected, done.stdout + done.stderr
+        rules[name] = {"eval": name, "not_worse_than_baseline": True}
+    # The tiny model cannot leave its thinking out: half of `tools` is unsupported, which no gate lets through.
+    missed = {"tools"} & set(rules)
+    for thresholds, names in (("good.yaml", set(rules) - missed), ("bad.yaml", missed)):
+        if names:
+            (tmp_path / thresholds).write_text(json.dumps({"gates": [rules[name] for name in sorted(names)]}))
+            done = cli("step128-eval", "gate", tmp_path / thresholds, *found, "--baseline", *found, "--json")
+            assert done.returncode == (3 if names == missed else 0), done.stdout + done.stderr
 
 
 def started(target: Target, out: Path, items: int) -> subprocess.Popen[str]:

@@ -13,6 +13,7 @@ from step128_evals.cli import main
 from step128_evals.evaluation import summary_of
 from step128_evals.runs import read_run
 from step128_evals.vision.item import Question
+from step128_evals.vision.pictures import draw_categories
 from step128_evals.vision.questions import make_questions
 
 OUT = "vision.jsonl"
@@ -133,6 +134,23 @@ def test_one_image_a_request_leaves_the_pairs_out(few: Any, oracle: Oracle, caps
     assert (report["blind"]["asked"], report["blind"]["pairs"]) == (22, 14)
 
 
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_passing_failure_leaves_no_pairs_out(
+    few: Any, oracle: Oracle, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    once = [status]
+
+    def respond(path: str, body: dict[str, Any]) -> Reply:
+        return Reply("busy", status=once.pop()) if len(seen(body)[1]) > 1 and once else perfect(path, body)
+
+    oracle.respond = respond
+    assert run(oracle, "--json", "--no-blind") == 70
+    assert "busy" in capsys.readouterr().err
+    assert run(oracle, "--json", "--no-blind") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["asked"], report["unsupported"]) == (22, 22, [])
+
+
 def test_errors_are_asked_again(few: Any, oracle: Oracle, capsys: pytest.CaptureFixture[str]) -> None:
     broken = {q.text for q in make_questions(1) if q.category == "sentence"}
 
@@ -189,6 +207,13 @@ def test_report_has_a_picture(few: Any, oracle: Oracle, tmp_path: Any, capsys: p
     assert "(vision.svg)" in section and "| two pictures | 8 of 8 |" in section
     assert "<svg" in (tmp_path / "vision.svg").read_text()
     assert len(module.score(found)) == 22  # without the blind ones
+
+
+def test_legend_when_the_first_category_was_not_asked_blind(tmp_path: Any) -> None:
+    row = {"asked": 4, "share": 0.5, "interval": {"low": 0.2, "high": 0.8}}
+    categories = {"a": row | {"blind": None}} | {name: row | {"blind": {"share": 0.25}} for name in ("b", "c")}
+    draw_categories(categories, "m", tmp_path / "v.svg")
+    assert (tmp_path / "v.svg").read_text().count("<!-- without -->") == 1
 
 
 def test_items_can_be_scored_anew(few: Any, oracle: Oracle, tmp_path: Any) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from step128_evals.chat import Answer
-from step128_evals.vision import questions
+from step128_evals.vision import charts, questions
 from step128_evals.vision.answers import final_answer, find_failure, is_right
-from step128_evals.vision.drawing import COLOURS, SHAPES, TILE, Canvas
+from step128_evals.vision.drawing import COLOURS, INK, SHAPES, TILE, Canvas, Picture
 from step128_evals.vision.questions import make_questions, questions_sha256, save_images
 
 
@@ -65,6 +68,31 @@ def test_bars_are_as_many_and_as_high_as_the_answers_say() -> None:
         by_place = {q.id[-1]: q for q in make_questions(1) if q.id.startswith(f"0.bar-{size}")}
         mask = (pixels(by_place["1"].pictures[0].png) == COLOURS["blue"]).all(axis=2)
         assert islands(mask) == int(by_place["3"].answer)
+
+
+def test_names_under_bars_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[list[tuple[float, float]]] = []
+
+    class Measured(Canvas):
+        def __init__(self, size: tuple[int, int]) -> None:
+            super().__init__(size)
+            self.names: list[tuple[float, float]] = []
+            rows.append(self.names)
+
+        def text(self, at: tuple[float, float], text: str, pixels: float, anchor: str = "mm", fill: Any = INK) -> None:
+            if text in charts.FRUIT:
+                half = self.text_width(text, pixels) / 2
+                self.names.append((at[0] - half, at[0] + half))
+
+        def picture(self) -> Picture:
+            return Picture(b"", "", self.width, self.height)
+
+    monkeypatch.setattr(charts, "Canvas", Measured)
+    for number in range(100):
+        list(charts.bar_questions(Random(f"42.{number}.bar")))
+    assert len(rows) == 400 and {len(row) for row in rows} == {4, 5, 6, 7, 8}
+    for row in rows:
+        assert all(left[1] < right[0] for left, right in pairwise(row))
 
 
 def test_values_without_a_label_lie_on_a_grid_line() -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from step128_evals.acceptance.figures import as_json, figures
+from step128_evals.acceptance.figures import as_json, decode_speed, drafted_depth, figures
 from step128_evals.errors import BadInputError
 from step128_evals.runs import Item, Run
 from step128_evals.stats import mean_interval
@@ -65,7 +65,7 @@ def _by_depth(runs: Sequence[Run]) -> dict[int, Run]:
     for run in runs:
         if run.manifest.eval != "acceptance":
             raise BadInputError(f"{run.path} is a result of {run.manifest.eval}; results of acceptance are needed")
-        depth = run.manifest.settings["num_speculative_tokens"]
+        depth = drafted_depth(run)
         if depth is None:
             raise BadInputError(f"{run.path}: the server did not tell how many tokens it drafts")
         if depth in found:
@@ -85,13 +85,7 @@ def _difference(run: Run, other: Run) -> str | None:
 
 
 def _measured(run: Run) -> dict[str, Item]:
-    return {item.id: item for item in run.with_status("measured") if _speed(item) > 0}
-
-
-def _speed(item: Item) -> float:
-    """Tokens a second after the first."""
-    seconds = item.data["seconds"] - item.data["first_token_seconds"]
-    return (item.data["tokens"] - 1) / seconds if seconds > 0 else 0.0
+    return {item.id: item for item in run.with_status("measured") if decode_speed(item.data)}
 
 
 def _group(items: dict[int, dict[str, Item]]) -> dict[str, Any]:
@@ -99,7 +93,7 @@ def _group(items: dict[int, dict[str, Item]]) -> dict[str, Any]:
     common = sorted(set.intersection(*(set(found) for found in items.values())))
     if not common:
         return {"prompts": 0, "depths": {}, "advice": None, "reason": "no prompt was measured at all depths"}
-    speeds = {depth: [_speed(found[id]) for id in common] for depth, found in items.items()}
+    speeds = {depth: [decode_speed(found[id].data) or 0.0 for id in common] for depth, found in items.items()}
     base = min(speeds)
     depths = {}
     for depth, found in items.items():

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from functools import partial
 
-from step128_evals.acceptance.material import DOMAINS, Sizes, domain_prompts, fingerprint, text_prompts
+from step128_evals.acceptance.material import (
+    DOMAINS,
+    Sizes,
+    domain_prompts,
+    fingerprint,
+    text_prompts,
+    with_bos,
+)
 from step128_evals.acceptance.measure import measure_prompt
 from step128_evals.chat import SEED
 from step128_evals.client import Client
-from step128_evals.errors import BadInputError
+from step128_evals.completion import complete
+from step128_evals.errors import BadInputError, EvalError
 from step128_evals.evaluation import Evaluation, run_evaluation
 from step128_evals.files import read_text_argument
 from step128_evals.harness import Task
-from step128_evals.metrics import read_metrics
+from step128_evals.metrics import read_at_rest, read_metrics
 from step128_evals.options import Parsers, Result, add_endpoint_command, add_results, count, results_path
+from step128_evals.perplexity.windows import find_bos
 from step128_evals.probe import Endpoint, probe_endpoint
 from step128_evals.tokens import tokenize_with
 
 _TEXT = "MTP acceptance by position, by domain, from the server's counters; nothing else may use it meanwhile"
 _LONG_LIMIT_TOKENS = 32 * 1024
 _LONG_SHARE = 0.75
+_WARM_UP = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, "
+_WARM_UP_TOKENS = 32
 
 
 def add_parser(commands: Parsers) -> None:
@@ -55,17 +67,18 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
     wanted = ("chat", "streaming", "completions", "tokenize", "metrics", "speculative_decoding")
     endpoint = await probe_endpoint(client, parsed.model, only=wanted)
     endpoint.require("metrics", "completions", "tokenize")
-    counters = await read_metrics(client)
-    depth = counters.num_speculative_tokens if counters else None
     domains = ("text",) if text is not None else parsed.domains
     sizes = _sizes(parsed, endpoint, domains)
 
-    async def tokenize(part: str) -> list[int]:
-        return await tokenize_with(client, endpoint.how("tokenize"), endpoint.model, part)
+    async def tokenize(part: str, special: bool = False) -> list[int]:
+        return await tokenize_with(client, endpoint.how("tokenize"), endpoint.model, part, special)
 
     prompts = await text_prompts(text, sizes, tokenize) if text is not None else []
     for domain in domains if text is None else ():
         prompts += await domain_prompts(domain, sizes, tokenize)
+    bos = await find_bos(tokenize)
+    prompts = with_bos(prompts, bos)
+    depth = await _drafted_depth(client, endpoint, await tokenize(_WARM_UP))
     settings = {
         "num_speculative_tokens": depth,
         "domains": list(domains),
@@ -74,6 +87,7 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
         "long_prompts": sizes.long_prompts if "long" in domains else None,
         "long_tokens": sizes.long_tokens if "long" in domains else None,
         "max_tokens": parsed.max_tokens,
+        "bos_token_ids": list(bos),
         "seed": SEED,
         "sha256": fingerprint(prompts),
     }
@@ -83,6 +97,16 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
         Task(prompt.id, partial(measure_prompt, client, endpoint, prompt, parsed.max_tokens)) for prompt in prompts
     ]
     return await run_evaluation(parsed, endpoint, Evaluation("acceptance", "prompts", settings, tasks))
+
+
+async def _drafted_depth(client: Client, endpoint: Endpoint, warm_up: list[int]) -> int | None:
+    """Tokens drafted a step, as the server tells; llama.cpp tells only after it drafted, so it is made to."""
+    counters = await read_metrics(client)
+    if counters and counters.num_speculative_tokens is None and counters.drafts:
+        with suppress(EvalError):  # the prompts will say what is wrong
+            await complete(client, endpoint.model, warm_up, _WARM_UP_TOKENS)
+        counters = await read_at_rest(client)
+    return counters.num_speculative_tokens if counters else None
 
 
 def _sizes(parsed: argparse.Namespace, endpoint: Endpoint, domains: tuple[str, ...]) -> Sizes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from step128_evals.runs import Item
+from step128_evals.runs import Item, Run
 from step128_evals.stats import Interval, ratio_interval, wilson
 
 
@@ -37,8 +37,9 @@ def figures(items: Sequence[Item], positions: int) -> dict[str, Any]:
         }
     gained = [sum(column[row] for column in accepted) for row in range(len(data))]
     length, length_interval = ratio([a + b for a, b in zip(gained, drafts, strict=True)], drafts)
+    decoded = [row for row in data if decode_speed(row) is not None]
     decode, decode_interval = ratio(
-        [float(row["tokens"] - 1) for row in data], [row["seconds"] - row["first_token_seconds"] for row in data]
+        [float(row["tokens"] - 1) for row in decoded], [row["seconds"] - row["first_token_seconds"] for row in decoded]
     )
     overall, overall_interval = ratio([float(row["tokens"]) for row in data], [row["seconds"] for row in data])
     return {
@@ -54,6 +55,29 @@ def figures(items: Sequence[Item], positions: int) -> dict[str, Any]:
         "tokens_per_second": overall,
         "tokens_per_second_interval": overall_interval,
     }
+
+
+def decode_speed(row: dict[str, Any]) -> float | None:
+    """Tokens after the first over the seconds after the first.
+
+    None if nothing came after it: one token, or an answer that showed nothing before its end.
+    """
+    seconds = row["seconds"] - row["first_token_seconds"]
+    return float((row["tokens"] - 1) / seconds) if seconds > 0 and row["tokens"] > 1 else None
+
+
+def drafted_depth(run: Run) -> int | None:
+    """Tokens drafted a step: what the server told when the run began, or else the most positions of any prompt.
+
+    None if it does not count drafts at all.
+    """
+    measured = run.with_status("measured")
+    told = run.manifest.settings["num_speculative_tokens"]
+    # A server of another kind may tell only in its counters that it drafts.
+    found = max((len(item.data["accepted"]) for item in measured), default=0)
+    if told is None and not found:
+        return 0 if measured and all(item.data.get("counts_drafts") for item in measured) else None
+    return max(told or 0, found)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float | None, dict[str, float] | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from step128_evals.acceptance.questions import CHAT, word_problems
@@ -77,6 +77,14 @@ async def domain_prompts(domain: str, sizes: Sizes, tokenize: Tokenize) -> list[
         piece = await _piece(text, length, draw, tokenize)
         prompts.append(Prompt(f"{domain}-{index:02}", domain, tuple(piece)))
     return prompts
+
+
+def with_bos(prompts: list[Prompt], bos: tuple[int, ...]) -> list[Prompt]:
+    """Begin each text to continue as the server begins its own prompts; as long as it was."""
+    return [
+        replace(prompt, tokens=(*bos, *prompt.tokens)[: len(prompt.tokens)]) if prompt.tokens else prompt
+        for prompt in prompts
+    ]
 
 
 @cache

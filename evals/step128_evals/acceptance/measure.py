@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from step128_evals.acceptance.material import Prompt
-from step128_evals.chat import ChatRequest, ask_chat
+from step128_evals.chat import Answer, ChatRequest, ask_chat
 from step128_evals.client import Client
 from step128_evals.completion import IGNORE_EOS, complete
 from step128_evals.errors import EvalError, UnsupportedError
 from step128_evals.metrics import drafts_between, foreign_traffic, read_at_rest, read_metrics
 from step128_evals.probe import Endpoint
 from step128_evals.runs import Item
+
+_UNKNOWN_FIELD = (400, 422)
+"""How a server refuses a body with a field that it does not know."""
 
 
 async def measure_prompt(client: Client, endpoint: Endpoint, prompt: Prompt, max_tokens: int) -> Item:
@@ -29,7 +32,7 @@ async def measure_prompt(client: Client, endpoint: Endpoint, prompt: Prompt, max
         request = ChatRequest([{"role": "user", "content": prompt.question}], max_tokens=max_tokens)
         answer = await ask_chat(client, endpoint.model, request)
     else:
-        answer = await complete(client, endpoint.model, list(prompt.tokens), max_tokens, IGNORE_EOS)
+        answer = await _continue(client, endpoint, prompt, max_tokens)
     after = await read_at_rest(client)
     if before is None or after is None:
         raise EvalError(f"{client.root_url} hides its /metrics since the run began")
@@ -46,7 +49,18 @@ async def measure_prompt(client: Client, endpoint: Endpoint, prompt: Prompt, max
         "tokens": answer.tokens,
         "first_token_seconds": answer.first_token_seconds,
         "seconds": answer.total_seconds,
+        "counts_drafts": drafts is not None,
         "drafts": int(drafts.drafts) if drafts else 0,
         "accepted": [int(count) for count in drafts.accepted] if drafts else [],
     }
     return Item(prompt.id, "measured", data=data)
+
+
+async def _continue(client: Client, endpoint: Endpoint, prompt: Prompt, max_tokens: int) -> Answer:
+    """All of ``max_tokens``, or up to the end where the server refuses to go on after it."""
+    try:
+        return await complete(client, endpoint.model, list(prompt.tokens), max_tokens, IGNORE_EOS)
+    except EvalError as error:
+        if error.status not in _UNKNOWN_FIELD:
+            raise
+    return await complete(client, endpoint.model, list(prompt.tokens), max_tokens)

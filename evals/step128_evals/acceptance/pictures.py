@@ -21,7 +21,7 @@ def draw_domains(summary: dict[str, Any], path: Path) -> None:
         series.append((f"position {position}", [(row["rate"], row["rate_interval"]) for row in rows]))
     speed = [(group["decode_tokens_per_second"], group["decode_tokens_per_second_interval"]) for _, group in groups]
     names = [name for name, _ in groups]
-    panels = [("share of drafts accepted", series)] if series else []
+    panels = [("drafts accepted, cumulative share", series)] if series else []
     _draw([*panels, ("decoding, tokens/s", [("speed", speed)])], names, path)
 
 

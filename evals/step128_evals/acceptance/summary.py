@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from step128_evals.acceptance.figures import figures
+from step128_evals.acceptance.figures import drafted_depth, figures
 from step128_evals.runs import Run
 from step128_evals.tables import columns, markdown_table, number, with_interval
 
@@ -16,14 +16,14 @@ CARD = (0.92, 0.75, 0.55)
 
 def summarize(run: Run) -> dict[str, Any]:
     """Figures by domain and over all prompts; ``acceptance`` and the keys after it are over all, without intervals."""
-    depth = run.manifest.settings["num_speculative_tokens"]
+    depth = drafted_depth(run)
     measured = run.with_status("measured")
-    # A server of another kind may tell only in its counters that it drafts.
-    positions = max([depth or 0, *(len(item.data["accepted"]) for item in measured)])
+    positions = depth or 0
     everything = figures(measured, positions)
     rates = [position["rate"] for position in everything["positions"].values()]
     return {
         "num_speculative_tokens": depth,
+        "max_tokens": run.manifest.settings["max_tokens"],
         "acceptance": {"drafts": everything["drafts"], "rates": rates} if everything["drafts"] else None,
         "mean_accepted_length": everything["mean_accepted_length"],
         "tokens_per_second": everything["tokens_per_second"],
@@ -45,7 +45,12 @@ def text(summary: dict[str, Any]) -> str:
     lines = [_what(summary), ""]
     if summary["acceptance"]:
         lines += [columns(acceptance_rows(summary)), "", *_card(summary), ""]
-    lines += [columns(speed_rows(summary)), "", "Brackets: 95 % intervals, bootstrap over prompts."]
+    lines += [
+        columns(speed_rows(summary)),
+        "",
+        "Brackets: 95 % intervals, bootstrap over prompts.",
+        *_measured(summary),
+    ]
     lines += ["", _for_the_planner(summary)] if summary["acceptance"] else []
     return "\n".join(lines)
 
@@ -73,6 +78,7 @@ def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:
         draw_domains(summary, pictures / "acceptance.svg")
         parts.append("![acceptance and speed by domain](acceptance.svg)")
     parts.append("Brackets and whiskers: 95 % intervals, bootstrap over prompts.")
+    parts.append(" ".join(_measured(summary)))
     return "\n\n".join(parts)
 
 
@@ -122,6 +128,16 @@ def _what(summary: dict[str, Any]) -> str:
     notes = f"; prompts still missing: {summary['missing']}" if summary["missing"] else ""
     notes += f"; unsupported: {summary['unsupported']}" if summary["unsupported"] else ""
     return f"{summary['prompts']} prompts, greedy, one at a time; {how}{notes}."
+
+
+def _measured(summary: dict[str, Any]) -> list[str]:
+    """Which tokens of an answer the figures are over."""
+    most = summary["max_tokens"]
+    return [
+        f"code, prose, long and text: {most} generated tokens, so what follows a natural end counts too (not on a "
+        "server that refuses ignore_eos).",
+        f"chat and maths: the first {most} tokens of an answer or less, mostly thinking if the model reasons.",
+    ]
 
 
 def _card(summary: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from step128_evals.chat import SEED
 from step128_evals.client import Client
 from step128_evals.depth.measure import Cell, Meter
 from step128_evals.depth.prompts import PromptMaker
-from step128_evals.errors import UnsupportedError
+from step128_evals.errors import BadInputError, UnsupportedError
 from step128_evals.evaluation import Evaluation, run_evaluation
 from step128_evals.files import sha256
 from step128_evals.harness import Task
@@ -48,7 +48,7 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
     if not prompts.exact:
         endpoint.require("streaming")
     context = endpoint.max_context_tokens
-    depths = parsed.depths or [d for d in counts(DEPTHS) if context is not None or d <= _UNKNOWN_CONTEXT_LIMIT]
+    depths = _depths(parsed.depths, parsed.output_tokens, context)
     concurrencies = sorted({max(number, 1) for number in parsed.concurrencies})
     fitting = [depth for depth in depths if context is None or max(depth, parsed.output_tokens) <= context]
     cells = [
@@ -66,7 +66,7 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
         "repeats": parsed.repeats,
         "cached": parsed.cached,
         "exact": prompts.exact,
-        "seed": SEED,
+        "seed": SEED,  # of the requests and headers; a nonce makes the headers new in each process, see PromptMaker
         "text_sha256": sha256(python_code()),
     }
     warm_up = min(2048, max((cell.prompt_tokens for cell in cells), default=0))
@@ -76,6 +76,24 @@ async def run(parsed: argparse.Namespace, client: Client) -> Result:
     prompt_tokens = sum(cell.prompt_tokens * cell.concurrency for cell in cells)
     print(f"{len(cells)} cells with {prompt_tokens:,} prompt tokens in all", file=sys.stderr)
     return await run_evaluation(parsed, endpoint, Evaluation("depth", "cells", settings, tasks))
+
+
+def _depths(wanted: list[int] | None, output_tokens: int, context: int | None) -> list[int]:
+    """Each once; by default those that leave room for a prompt, and are not too bold for an unknown context.
+
+    Raises:
+        BadInputError: the answer alone is as long as a wanted depth.
+    """
+    if wanted is None:
+        limit = _UNKNOWN_CONTEXT_LIMIT if context is None else None
+        fitting = (d for d in counts(DEPTHS) if limit is None or d <= limit)
+        return [depth for depth in fitting if not 0 < depth <= output_tokens]
+    if short := [str(depth) for depth in wanted if 0 < depth <= output_tokens]:
+        raise BadInputError(
+            f"an answer of {output_tokens} tokens leaves no prompt at depth {', '.join(short)}: choose deeper --depths "
+            "or smaller --output-tokens (depth 0 measures a prompt of its header alone)"
+        )
+    return list(dict.fromkeys(wanted))
 
 
 def _beyond(depth: int, endpoint: Endpoint) -> Task:

@@ -24,7 +24,8 @@ _WARM_UP_TOKENS = 2048
 class Cell:
     """``kind`` is cold (every prompt is new to the server) or cached (all but its end was asked just before).
 
-    The last generated token is at ``depth_tokens``: the prompt is shorter by ``output_tokens``.
+    The last generated token is at ``depth_tokens``: the prompt is shorter by ``output_tokens``. At depth 0 the
+    prompt is its header alone, and the answer comes on top.
     """
 
     kind: str
@@ -40,7 +41,7 @@ class Cell:
 
     @property
     def prompt_tokens(self) -> int:
-        """Wanted length of the prompt."""
+        """Wanted length of the prompt; 0 asks for the header alone."""
         return max(self.depth_tokens - self.output_tokens, 0)
 
 
@@ -76,7 +77,11 @@ class Meter:
         seconds = time.perf_counter() - started
         after = await read_at_rest(self.client)
         cached = None
+        if before and not after:
+            raise EvalError(f"{self.client.root_url} hides its /metrics since the cell began")
+        tells = False
         if before and after:
+            tells = before.finished_requests is not None or before.generated_tokens is not None
             counted = all(answer.tokens_counted for answer in answers)
             tokens = sum(answer.tokens for answer in answers) if counted else None
             if others := foreign_traffic(before, after, len(answers), tokens):
@@ -92,6 +97,7 @@ class Meter:
                 "concurrency": cell.concurrency,
                 "seconds": seconds,
                 "cached_prompt_tokens": cached,
+                "others_would_show": tells,
                 "requests": [_timing(answer) for answer in answers],
             },
         )

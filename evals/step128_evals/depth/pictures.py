@@ -37,10 +37,13 @@ def draw_curves(summary: dict[str, Any], path: Path) -> None:
                 low, high = ([spread[end] for _, spread in points] for end in ("min", "max"))
                 axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        if name == "first_token_seconds":
+            axes.set_yscale("log")  # from milliseconds out of the cache to minutes of prefill
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if number == 1:
-            axes.legend(frameon=False)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
         if number == len(PANELS):
             axes.set_xlabel("depth, Ki tokens (prompt and answer)")
     figure.savefig(path)

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from step128_evals.acceptance.figures import decode_speed
 from step128_evals.runs import Item, Run
 from step128_evals.tables import columns, markdown_table
 
 NOTES = (
-    "Figures are median (least to most): first token and decoding over all requests, the others over the repeats. With "
-    "several requests at once the first token waits for the prefill of the others too, which also slows those that "
-    "decode already; prefill is of all together: their prompt tokens over the time until the last of them had its "
-    "first token."
+    "Figures are median (least to most) of what was measured, no confidence intervals: first token and decoding over "
+    "all requests, the others over the repeats. With several requests at once the first token waits for the prefill of "
+    "the others too, which also slows those that decode already; prefill is of all together: their prompt tokens over "
+    "the time until the last of them had its first token. At depth 0 the prompt is a header of a few dozen tokens: its "
+    "first token is latency, so there is no prefill speed."
 )
 
 _CACHED_SHARE = 0.05  # the first tokens of two headers may be equal by chance
@@ -36,6 +38,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "exact": run.manifest.settings["exact"],
         "output_tokens": run.manifest.settings["output_tokens"],
         "unsupported": {item.id: item.why for item in run.with_status("unsupported")},
+        "others_would_show": all(item.data["others_would_show"] for item in run.with_status("measured")),
         "missing": run.missing,
     }
 
@@ -50,24 +53,27 @@ def cell_figures(items: list[Item]) -> dict[str, Any]:
         "repeats": len(items),
         "prompt_tokens": _spread(prompt_tokens),
         "generated_tokens": _spread(request["tokens"] for request in requests),
-        "first_token_seconds": _spread(request["first_token_seconds"] for request in requests),
+        "first_token_seconds": _spread(map(_first_token, requests)),
         "prefill_tokens_per_second": _spread(map(_prefill, items)),
         "decode_tokens_per_second": _spread(map(decode_speed, requests)),
         "total_tokens_per_second": _spread(_total(item) for item in items),
+        "unseen_answers": sum(_first_token(request) is None for request in requests),
         "cached_share": sum(cached) / sum(prompt_tokens) if known else None,
     }
 
 
-def decode_speed(request: dict[str, Any]) -> float | None:
-    """Tokens after the first over the time after the first; with speculative decoding they come several at a time."""
-    seconds = request["seconds"] - request["first_token_seconds"]
-    return (request["tokens"] - 1) / seconds if request["tokens"] > 1 and seconds > 0 else None
+def _first_token(request: dict[str, Any]) -> float | None:
+    """Seconds; None if an answer of several tokens showed nothing before its end, so that nobody saw the first."""
+    unseen = request["tokens"] > 1 and request["seconds"] <= request["first_token_seconds"]
+    return None if unseen else float(request["first_token_seconds"])
 
 
 def _prefill(item: Item) -> float | None:
     tokens = [request["prompt_tokens"] for request in item.data["requests"]]
-    seconds = max(request["first_token_seconds"] for request in item.data["requests"])
-    return sum(tokens) / seconds if None not in tokens and seconds > 0 else None
+    firsts = [first for request in item.data["requests"] if (first := _first_token(request))]
+    if item.data["depth_tokens"] == 0 or None in tokens or len(firsts) < len(tokens):
+        return None
+    return float(sum(tokens) / max(firsts))
 
 
 def _total(item: Item) -> float:
@@ -159,6 +165,10 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
     if not summary["exact"]:
         remarks.append("Prompts went as text through the chat, about as long as wanted: the server has no tokenizer.")
     cells = [cell for depths in summary["cells"].values() for row in depths.values() for cell in row.values()]
+    if cells and not summary["others_would_show"]:
+        remarks.append("Whether others used the server meanwhile cannot be told: its /metrics do not say, or are none.")
+    if any(cell["unseen_answers"] for cell in cells):
+        remarks.append("Answers that showed nothing before their end are in no figure of first token and decoding.")
     short = [cell for cell in cells if cell["generated_tokens"]["min"] < summary["output_tokens"]]
     if short:
         remarks.append(f"In {len(short)} cells an answer ended before {summary['output_tokens']} tokens.")

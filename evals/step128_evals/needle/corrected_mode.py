@@ -12,11 +12,12 @@ from step128_evals.client import Client
 from step128_evals.corpus import Corpus, python_corpus
 from step128_evals.errors import BadInputError
 from step128_evals.evaluation import Evaluation
+from step128_evals.files import sha256
 from step128_evals.harness import Task
 from step128_evals.needle.lengths import answer_budget, prompt_lengths
 from step128_evals.needle.plan import Plan, PlannedItem, plan_items, template_tokens
 from step128_evals.needle.question import question
-from step128_evals.needle.scoring import answer_lines, invented_lines, score_lines
+from step128_evals.needle.scoring import SCORING_VERSION, answer_lines, invented_lines, score_lines
 from step128_evals.needle.segments import Shelf
 from step128_evals.probe import Endpoint
 from step128_evals.runs import Item
@@ -32,6 +33,7 @@ async def corrected_evaluation(parsed: argparse.Namespace, client: Client, endpo
     """
     if max(parsed.depths) > 100:
         raise BadInputError("--depths are percentages, 0 to 100")
+    depths = sorted(set(parsed.depths))
     answer_tokens = answer_budget(parsed.max_tokens, endpoint.max_context_tokens)
     lengths = prompt_lengths(parsed.lengths, endpoint.max_context_tokens, answer_tokens)
     for length in sorted(set(parsed.lengths or []) - set(lengths)):
@@ -47,12 +49,13 @@ async def corrected_evaluation(parsed: argparse.Namespace, client: Client, endpo
         Shelf(corpus, counter, parsed.lines, SEED),
         counter,
         lengths,
-        parsed.depths,
+        depths,
         parsed.items,
         parsed.lines,
         await template_tokens(client, endpoint.model, counter),
     )
     _report(plan, counter.exact)
+    questions = [question(item.placed.function, parsed.lines, parsed.closed_book) for item in plan.items]
     settings = {
         "mode": "step128",
         "corpus": corpus.label,
@@ -61,29 +64,34 @@ async def corrected_evaluation(parsed: argparse.Namespace, client: Client, endpo
         "planned": len(plan.items),
         "lines": parsed.lines,
         "lengths": lengths,
-        "depths": sorted(set(parsed.depths)),
+        "depths": depths,
+        "depth_tolerance_percent": plan.tolerance_percent,
         "seed": SEED,
         "haystacks_sha256": list(dict.fromkeys(item.haystack.sha256 for item in plan.items)),
+        "questions_sha256": sha256("".join(f"{i.id}\0{q}\0" for i, q in zip(plan.items, questions, strict=True))),
+        "scoring": SCORING_VERSION,
         "token_counts": "the server's own" if counter.exact else "estimated",
         "max_tokens": answer_tokens,
         "reasoning_effort": parsed.reasoning_effort,
         "closed_book": parsed.closed_book,
     }
 
-    def task(item: PlannedItem) -> Task:
+    def task(item: PlannedItem, text: str) -> Task:
         async def ask() -> Item:
-            text = question(item.placed.function, parsed.lines, parsed.closed_book)
             request = ChatRequest(
                 [{"role": "user", "content": text if parsed.closed_book else item.haystack.text + text}],
                 max_tokens=answer_tokens,
                 reasoning_effort=parsed.reasoning_effort,
                 stream=endpoint.can("streaming"),
             )
-            return await _ask(client, endpoint.model, item, request, parsed.lines)
+            counted = None if parsed.closed_book else item.counted_tokens
+            return await _ask(client, endpoint.model, item, request, parsed.lines, counted)
 
         return Task(item.id, ask)
 
-    return Evaluation("needle", "functions", settings, [task(item) for item in plan.items])
+    return Evaluation(
+        "needle", "functions", settings, [task(*each) for each in zip(plan.items, questions, strict=True)]
+    )
 
 
 def _sample(corpus: Corpus, characters: int) -> str:
@@ -95,21 +103,28 @@ def _sample(corpus: Corpus, characters: int) -> str:
 def _report(plan: Plan, exact: bool) -> None:
     """Say on standard error what is not as it was asked."""
     for length, missing in plan.missing.items():
-        print(f"prompts of {length} tokens hold no function for {missing} of the wanted depths", file=sys.stderr)
+        print(
+            f"prompts of {length} tokens hold no function for {missing} of their items within "
+            f"{plan.tolerance_percent:g} % of the wanted depths",
+            file=sys.stderr,
+        )
     if not exact:
         print("the server has no tokenizer route: lengths are estimated, 10 % below what was asked", file=sys.stderr)
 
 
-async def _ask(client: Client, model: str, item: PlannedItem, request: ChatRequest, lines: int) -> Item:
+async def _ask(
+    client: Client, model: str, item: PlannedItem, request: ChatRequest, lines: int, counted: int | None
+) -> Item:
     answer = await ask_chat(client, model, request)
     function = item.placed.function
     asked, said = function.body[:lines], answer_lines(answer.text)
-    scores = score_lines(asked, said)
+    invented = invented_lines(function.lines, said)
+    scores = score_lines(asked, said, invented)
     data: dict[str, Any] = {
         "length": item.length_tokens,
         "depth": item.depth_percent,
         "actual_depth": round(100 * item.placed.depth, 2),
-        "counted_prompt_tokens": item.counted_tokens,
+        "counted_prompt_tokens": counted,
         "prompt_tokens": answer.prompt_tokens,
         "haystack_sha256": item.haystack.sha256,
         "file": function.file,
@@ -123,15 +138,18 @@ async def _ask(client: Client, model: str, item: PlannedItem, request: ChatReque
         "first_token_seconds": answer.first_token_seconds,
         "total_seconds": answer.total_seconds,
         "scores": {name: asdict(score) for name, score in scores.items()},
-        "invented_lines": invented_lines(function.body, function.signature, said),
+        "invented_lines": invented,
     }
-    return Item(item.id, "passed" if scores["exact"].passed else "failed", _why(scores, answer.finish_reason), data)
+    return Item(
+        item.id, "passed" if scores["exact"].passed else "failed", _why(scores, invented, answer.finish_reason), data
+    )
 
 
-def _why(scores: dict[str, Any], finish_reason: str) -> str:
+def _why(scores: dict[str, Any], invented: int, finish_reason: str) -> str:
     if scores["exact"].passed:
         return ""
     forgiven = [name for name in ("rstrip", "strip") if scores[name].passed]
     but = f"; passes under {forgiven[0]}" if forgiven else ""
     cut = "; the answer's budget ended it (--max-tokens)" if finish_reason == "length" else ""
-    return f"{scores['exact'].lines} lines are exact{but}{cut}"
+    more = f"; {invented} lines are not the function's" if invented else ""
+    return f"{scores['exact'].lines} lines are exact{but}{more}{cut}"

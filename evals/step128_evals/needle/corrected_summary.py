@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,11 @@ _NAMES = {
 
 def summarize(run: Run) -> dict[str, Any]:
     """For each normalisation the share of items passed with its Wilson interval, and the mean share of lines with its
-    bootstrap interval; by length and depth, exact only; what went unasked or wrong."""
+    bootstrap interval; by length and depth, exact only (closed book has neither); what went unasked or wrong."""
     settings = run.manifest.settings
     items = run.with_status("passed", "failed")
-    cells = [
-        _cell(items, settings["lines"], length, depth) for length in settings["lengths"] for depth in settings["depths"]
-    ]
+    places = [] if settings["closed_book"] else itertools.product(settings["lengths"], settings["depths"])
+    cells = [_cell(items, settings["lines"], length, depth) for length, depth in places]
     return {
         "mode": "step128",
         "items_asked_for": settings["items"],
@@ -44,7 +44,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "lines": settings["lines"],
         "lengths": settings["lengths"],
         "depths": settings["depths"],
-        "longest_prompt_tokens": max((item.data["prompt_tokens"] or 0 for item in items), default=None),
+        "depth_tolerance_percent": settings["depth_tolerance_percent"],
+        "longest_prompt_tokens": max((tokens for item in items if (tokens := _prompt_tokens(item))), default=None),
         "closed_book": settings["closed_book"],
         "corpus": settings["corpus"],
         "token_counts": settings["token_counts"],
@@ -53,6 +54,12 @@ def summarize(run: Run) -> dict[str, Any]:
         "cut_by_budget": sum(item.data["finish_reason"] == "length" for item in items),
         "cells": [cell for cell in cells if cell["answered"]],
     }
+
+
+def _prompt_tokens(item: Item) -> int | None:
+    """As the server counted them; where it says nothing, as they were planned."""
+    tokens: int | None = item.data["prompt_tokens"] or item.data["counted_prompt_tokens"]
+    return tokens
 
 
 def _shares(items: Sequence[Item], name: str, lines: int) -> dict[str, Any]:
@@ -84,10 +91,11 @@ def text(summary: dict[str, Any]) -> str:
     """Figures, table and caveats."""
     lines = [_counts(summary)]
     lines += [f"  {_NAMES[name]:31} {_figures(summary[name], summary['answered'])}" for name in NORMALIZATIONS]
-    if summary["answered"]:
+    if summary["cells"]:
         lines += ["", "exact, passed/answered by prompt tokens (down) and depth in percent (across):"]
         lines += [_row("", [str(depth) for depth in summary["depths"]])]
         lines += [_row(_thousands(length), cells) for length, cells in _table(summary)]
+    if summary["answered"]:
         lines += ["", *_notes(summary)]
     return "\n".join(lines)
 
@@ -110,8 +118,10 @@ def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:
         passed, _, share = _figures(summary[name], summary["answered"]).partition("; lines ")
         lines.append(f"| {_NAMES[name]} | {passed} | {share} |")
     if summary["answered"]:
+        lines += ["", *_notes(summary)]
+    if summary["cells"]:
         draw_heatmap(summary, pictures / "needle.svg")
-        lines += ["", "![exact copies by prompt length and depth](needle.svg)", "", *_notes(summary)]
+        lines += ["", "![exact copies by prompt length and depth](needle.svg)"]
         lines += ["", "| prompt tokens \\ depth | " + " | ".join(f"{depth} %" for depth in summary["depths"]) + " |"]
         lines.append("|---|" + "---|" * len(summary["depths"]))
         lines += [f"| {_thousands(length)} | " + " | ".join(cells) + " |" for length, cells in _table(summary)]
@@ -147,16 +157,20 @@ def _figures(shares: dict[str, Any], answered: int) -> str:
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     notes = [
-        f"An item passes if all {summary['lines']} lines come exactly and in order. Blank lines do not count, all line "
-        "endings are equal, and reasoning is not scored."
+        f"An item passes if the answer's last code block (without one, the whole answer) has all {summary['lines']} "
+        "lines exactly and in order, and nothing that is not of the same function: its signature and the rest of its "
+        "body may come too, other lines and prose may not. Blank lines do not count, all line endings are equal, and "
+        "reasoning is not scored."
     ]
+    if summary["cells"]:
+        notes.append(f"A function's depth is within {summary['depth_tolerance_percent']:g} % of what the table says.")
     if summary["exact"]["passed"] == summary["answered"]:
         failures = 100 * (1 - summary["exact"]["interval"]["low"])
         notes.append(f"No failure in so many items still allows a true failure rate of up to {failures:.1f} %.")
     if summary["cut_by_budget"]:
         notes.append(f"{summary['cut_by_budget']} answers were ended by the answer budget: see --max-tokens.")
     if summary["invented_lines"]:
-        notes.append(f"{summary['invented_lines']} lines of the answers are in no way the function's.")
+        notes.append(f"{summary['invented_lines']} lines of the answers are not of the functions asked about.")
     if summary["corpus"].startswith("the standard library"):
         notes.append(MEMORY)
     return [*notes, CARD]

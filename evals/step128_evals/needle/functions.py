@@ -14,6 +14,9 @@ from step128_evals.corpus import SourceFile
 SIGNATURE_CHARACTERS = 200
 """Longer ones, with the names of function and file, are not asked about: questions should be short beside haystacks."""
 
+_MARKUP = ("```", "~~~", "<think>", "</think>")
+"""What takes an answer apart: a function that has it in it would be scored wrongly."""
+
 _DEFINITION = re.compile(r"\bdef[ \t]+(\w+)")
 
 
@@ -22,7 +25,7 @@ class Function:
     """``first_line`` (that of ``def``) and ``last_line`` count from 0 and are inclusive.
 
     ``signature`` is its text as it stands in the file, ``def`` to colon, over as many lines as it takes. ``body`` are
-    the lines after it that are not blank, comments and docstring included.
+    the lines after it that are not blank, comments and docstring included. ``decorators`` are the lines before it.
     """
 
     file: str
@@ -31,13 +34,19 @@ class Function:
     first_line: int
     last_line: int
     body: tuple[str, ...]
+    decorators: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of it that is not blank, from the first decorator on."""
+        return (*self.decorators, *self.signature.split("\n"), *self.body)
 
 
 def find_functions(file: SourceFile, lines_asked: int) -> list[Function]:
     """The functions and methods with at least so many body lines that are not blank; not those inside others.
 
-    Left out: long signatures, and bodies of which an asked line begins like a code fence, which an answer's own fence
-    could not be told from. A file that is no Python has none.
+    Left out: long signatures, and functions with a code fence or a reasoning tag in them, which could not be told from
+    those of an answer or of a server's reasoning parser. A file that is no Python has none.
     """
     try:
         with warnings.catch_warnings():
@@ -67,16 +76,20 @@ def _function(file: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: li
     # The signature is one logical line, and its end the first token of this type.
     signature_rows = next(token.end[0] for token in tokens if token.type == tokenize.NEWLINE)
     signature = lines[first : first + signature_rows]
-    body = lines[first + signature_rows : last + 1]
-    return Function(file, node.name, "\n".join(signature), first, last, tuple(line for line in body if line.strip()))
+    body = _filled(lines[first + signature_rows : last + 1])
+    decorators = _filled(lines[min((one.lineno - 1 for one in node.decorator_list), default=first) : first])
+    return Function(file, node.name, "\n".join(signature), first, last, body, decorators)
+
+
+def _filled(lines: list[str]) -> tuple[str, ...]:
+    return tuple(line for line in lines if line.strip())
 
 
 def _usable(function: Function, lines_asked: int) -> bool:
-    asked = function.body[:lines_asked]
     return (
-        len(asked) == lines_asked
+        len(function.body) >= lines_asked
         and len(function.signature) + len(function.name) + len(function.file) <= SIGNATURE_CHARACTERS
-        and not any(line.lstrip().startswith("```") for line in asked)
+        and not any(mark in line for mark in _MARKUP for line in function.lines)
     )
 
 

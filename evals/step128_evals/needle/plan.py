@@ -19,6 +19,9 @@ from step128_evals.tokens import TokenCounter
 MAX_HAYSTACKS = 24
 """Of one length: a short haystack has few functions, so that short lengths take several."""
 
+MOST_TOLERANCE_PERCENT = 5.0
+"""How far a function may stand from the depth that it is asked for; with close depths, half their distance."""
+
 _UNKNOWN_TEMPLATE_TOKENS = 128
 _QUESTION_SLACK_TOKENS = 100  # what signature, name and file name add to a question; whose add more are not asked
 _JOINT_TOKENS = 8  # tokens may join, or part, where haystack, question and template meet
@@ -27,7 +30,8 @@ _ESTIMATE_SHARE = 0.9  # of a length, where tokens are only estimated
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """``length_tokens`` limits ``counted_tokens``, the whole prompt. ``depth_percent`` is the nearest wanted depth."""
+    """``length_tokens`` limits ``counted_tokens``, the whole prompt. ``depth_percent`` is the wanted depth, from which
+    ``placed.depth`` is off by the plan's tolerance at most."""
 
     length_tokens: int
     depth_percent: int
@@ -44,10 +48,11 @@ class PlannedItem:
 
 @dataclass(frozen=True)
 class Plan:
-    """``missing``: for how many items there was no function, by length."""
+    """``missing``: for how many items there was no function near enough to its depth, by length."""
 
     items: tuple[PlannedItem, ...]
     missing: dict[int, int]
+    tolerance_percent: float
 
 
 async def template_tokens(client: Client, model: str, counter: TokenCounter) -> int:
@@ -74,7 +79,7 @@ async def plan_items(
         shelf: the corpus's files.
         counter: counts tokens.
         lengths: of prompts, in tokens; never exceeded.
-        depths: in percent.
+        depths: in percent, ascending, each once.
         items: how many in all; each asks about another function.
         lines: asked of each function.
         overhead_tokens: of the chat template.
@@ -84,26 +89,25 @@ async def plan_items(
         UnsupportedError: a length is too short for any function.
     """
     empty = question(Function("", "", "", 0, 0, ()), lines)
-    steps = [right - left for left, right in itertools.pairwise(sorted(set(depths)))]
+    steps = [right - left for left, right in itertools.pairwise(depths)]
+    tolerance = min([MOST_TOLERANCE_PERCENT, *(step / 2 for step in steps)])
     planner = _Planner(
         shelf,
         counter,
-        sorted(set(depths)),
         lines,
         overhead_tokens + _JOINT_TOKENS,
         question_tokens=await counter.count(empty) + _QUESTION_SLACK_TOKENS,
-        tolerance_percent=max(1.0, min(steps, default=10) / 2),
+        tolerance_percent=tolerance,
     )
     for length, share in zip(lengths, items_of_lengths(lengths, items), strict=True):
-        await planner.plan_length(length, depths_of_items(sorted(depths), share))
-    return Plan(tuple(planner.items), planner.missing)
+        await planner.plan_length(length, depths_of_items(depths, share))
+    return Plan(tuple(planner.items), planner.missing, tolerance)
 
 
 @dataclass
 class _Planner:
     shelf: Shelf
     counter: TokenCounter
-    depths: list[int]
     lines: int
     overhead_tokens: int
     question_tokens: int
@@ -124,7 +128,8 @@ class _Planner:
                 f"unsupported: prompts of {length} tokens have no function of {self.lines} lines at the wanted depths. "
                 "Longer prompts: --lengths; fewer lines: --lines."
             )
-        self.missing[length] = len(wanted)
+        if wanted:
+            self.missing[length] = len(wanted)
 
     async def plan_haystack(self, length: int, limit: int, wanted: list[int]) -> list[int]:
         """See what one more haystack has to offer; returns the depths still wanted."""
@@ -132,14 +137,10 @@ class _Planner:
         haystack, self.position = await build_haystack(self.shelf, self.counter, budget, self.position)
         used = {(item.placed.function.file, item.placed.function.name) for item in self.items}
         pairs, rest = place(wanted, haystack.placed, used, self.tolerance_percent)
-        if len(rest) < len(pairs):
-            # One more haystack for the few that are left would cost more than depths a little off.
-            pairs, rest = place(wanted, haystack.placed, used, 2 * self.tolerance_percent)
         for depth, placed in pairs:
             tokens = haystack.tokens + await self.counter.count(question(placed.function, self.lines))
             if tokens <= limit:
-                nearest = min(self.depths, key=lambda step: abs(100 * placed.depth - step))
-                self.items.append(PlannedItem(length, nearest, haystack, placed, tokens + self.overhead_tokens))
+                self.items.append(PlannedItem(length, depth, haystack, placed, tokens + self.overhead_tokens))
             else:
                 rest.append(depth)
         return sorted(rest)

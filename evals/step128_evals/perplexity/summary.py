@@ -21,7 +21,7 @@ from step128_evals.stats import SEED, Interval, ratio_interval
 KL_WORDS = (
     "KL(reference || this run) of the next token, in nats, from the tokens that both runs know (the likeliest of each "
     "and the text's own); all others are one bucket, so it is a lower bound of the KL over the whole vocabulary. "
-    "The interval of the 99th percentile is from 100 to 1000 resamples of chunks, as many as time allows"
+    "The interval of the 99th percentile is from 100 to 1000 resamples of chunks, fewer for more positions"
 )
 CARD_WORDS = (
     "The 3.9352 on the model's card names no corpus, context length, stride or BOS, so nothing here confirms or "

@@ -77,7 +77,8 @@ def _lm_eval(settings: dict[str, Any]) -> str:
     context = settings["context_tokens"]
     return (
         f"as lm-evaluation-harness' rolling log-likelihood (local-completions with max_length={context + 1}, hf with "
-        f"max_length={context - 1} and add_bos_token=False): each document by itself, empty ones left out, "
+        f"max_length={context - 1} and add_bos_token=False): each document by itself, those of "
+        "nothing but white space left out (the harness counts them), "
         f"tokenized without special tokens; windows of {context} tokens, the first beginning with the prefix token "
         f"{settings['prefix_token_id']}, any other with the token before it; each token is scored once, and the last "
         "window is filled up with context; words are what white space parts, bytes are UTF-8; a task's own rewriting "

@@ -11,6 +11,8 @@ from itertools import permutations
 from step128_evals.chat import SEED
 
 _NAMES = ("Ada", "Bram", "Carla", "Dario", "Elif", "Fynn", "Greta", "Hugo")
+_THOUSANDS = re.compile("(?<![\\d.,])[0-9]{1,3}([ ,'\u00a0\u202f\u2009])[0-9]{3}(?:\\1[0-9]{3})*(?![0-9])")
+_NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:\.[0-9]+)*")
 _FORM = "Finish with one line of the form: Answer: X"
 
 
@@ -97,13 +99,24 @@ def _counting(generator: random.Random) -> tuple[str, str]:
 
 
 def read_answer(text: str) -> str | None:
-    """What an answer's last line of the form ``Answer: X`` says, without decoration; None if there is none."""
+    """What an answer's last line of the form ``Answer: X`` says, without decoration; None if there is none.
+
+    The rule: the first word of the line that is one of the names; else its first number, after the last ``=`` if there
+    is one, without what stands between thousands or zeros after the point. A line with "or" says nothing certain: it is
+    given as it is, as one with neither name nor number.
+    """
     found = re.findall(r"answer\s*(?:is)?\s*[:=]\s*([^\n]+)", re.sub(r"[*_`$]", "", text), re.IGNORECASE)
     if not found:
         return None
-    said = re.sub(r"\\(?:boxed|text)\{([^{}]*)\}", r"\1", found[-1]).strip().rstrip(".!").strip()
-    number = re.fullmatch(r"(-?\d[\d,\u202f\u00a0]*)(?:\s*crowns)?", said)
-    return re.sub(r"[^\d-]", "", number[1]) if number else said
+    said = re.sub(r"\\(?:boxed|text)\{([^{}]*)\}|\\[()\[\]]", r"\1", found[-1]).strip().rstrip(".!").strip()
+    words = re.findall(r"\w+", said)
+    if any(word.casefold() == "or" for word in words):
+        return said
+    if names := [name for word in words for name in _NAMES if word.casefold() == name.casefold()]:
+        return names[0]
+    plain = _THOUSANDS.sub(lambda m: m[0].replace(m[1], ""), said.replace("\u2212", "-").rpartition("=")[2])
+    number = _NUMBER.search(plain)
+    return re.sub(r"\.0+$", "", number[0]) if number else said
 
 
 def is_correct(problem: Problem, text: str) -> bool:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from step128_evals.runs import Item, Run
-from step128_evals.stats import mean_interval, wilson
+from step128_evals.stats import mean_interval, wilcoxon, wilson
 from step128_evals.tables import columns, markdown_table, number, with_interval
 
 LEVELS = ("low", "medium", "high")
@@ -21,14 +20,17 @@ UNITS = {
     "tokenizer_tokens": "tokens (the reasoning, by the server's tokenizer)",
     "characters": "characters (the server counts no reasoning tokens and has no tokenizer)",
 }
-FEWEST_PAIRS = 5
-"""With fewer, a bootstrap interval says nothing."""
+FEWEST_PAIRS = 6
+"""With fewer, the signed-rank test cannot reach :data:`SIGNIFICANCE`, and a bootstrap interval says nothing."""
+
+SIGNIFICANCE = 0.05
 
 
 def summarize(run: Run) -> dict[str, Any]:
     """Reasoning by level, with bootstrap intervals of the means; the levels in pairs, by the problems that both have.
 
-    ``changes``: whether the interval of the mean difference between the least and the greatest level excludes zero.
+    ``changes``: whether the mean difference between the least and the greatest level is beyond chance: its bootstrap
+    interval excludes zero, and the signed-rank test says so too.
     """
     # By id, not as they were finished: the bootstrap's draws depend on the order.
     items = sorted(run.with_status("passed", "failed"), key=lambda item: item.id)
@@ -95,24 +97,18 @@ def _pair(less: dict[str, float], more: dict[str, float]) -> dict[str, Any]:
     """Of the same problems at two levels: mean difference, its interval, and Wilcoxon's signed-rank test (1945)."""
     differences = [more[problem] - less[problem] for problem in less if problem in more]
     enough = len(differences) >= FEWEST_PAIRS
-    interval = mean_interval(differences) if enough else None
+    interval = mean_interval(differences) if enough else None  # None too if all differences are equal
+    excludes_zero = interval is None or interval.low > 0 or interval.high < 0
+    p_value = wilcoxon(differences) if enough else None
     return {
         "pairs": len(differences),
         "mean_difference": float(np.mean(differences)) if differences else None,
         "interval": asdict(interval) if interval else None,
-        "wilcoxon_p": _wilcoxon(differences) if enough else None,
+        "wilcoxon_p": p_value,
         "longer": sum(difference > 0 for difference in differences),
         "shorter": sum(difference < 0 for difference in differences),
-        "changes": interval.low > 0 or interval.high < 0 if interval else None,
+        "changes": None if p_value is None else excludes_zero and p_value < SIGNIFICANCE,
     }
-
-
-def _wilcoxon(differences: Sequence[float]) -> float:
-    """Two-sided p-value; exact, unless some differences are equal or zero: the exact distribution excludes that."""
-    if not any(differences):
-        return 1.0
-    distinct = len({abs(difference) for difference in differences} - {0.0}) == len(differences)
-    return float(stats.wilcoxon(differences, method="exact" if distinct else "asymptotic").pvalue)
 
 
 def _verdict(means: Sequence[float], widest: dict[str, Any] | None) -> str:
@@ -121,7 +117,7 @@ def _verdict(means: Sequence[float], widest: dict[str, Any] | None) -> str:
     if not any(means):
         return "the endpoint takes reasoning_effort and shows no reasoning at any level"
     if not widest["changes"]:
-        return "no change of the amount of thinking was measured: the interval of the difference includes zero"
+        return "no change of the amount of thinking was measured: the difference may be chance"
     if widest["mean_difference"] < 0:
         return "the level changes the amount of thinking, but the wrong way: more effort thinks less"
     return "the level changes the amount of thinking"

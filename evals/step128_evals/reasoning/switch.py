@@ -41,11 +41,21 @@ def thought_of(answer: Answer) -> str:
     return tail if mark and not head.strip() else ""
 
 
-def thinks(answer: Answer) -> bool:
-    """Whether there was any reasoning, shown or not."""
+def thinks_hidden(answer: Answer) -> bool:
+    """Whether more tokens were counted than there is to read: reasoning, or what a parser swallowed."""
     shown = len(answer.text) + sum(len(call["name"]) + len(call["arguments"]) + 80 for call in answer.tool_calls)
-    hidden = answer.tokens_counted and answer.tokens > shown + _HIDDEN_TOKENS
-    return bool(thought_of(answer).strip()) or hidden
+    return answer.tokens_counted and answer.tokens > shown + _HIDDEN_TOKENS
+
+
+def thinks(answer: Answer) -> bool:
+    """Whether there was any reasoning, shown or not; for answers to a question without tools."""
+    return bool(thought_of(answer).strip()) or bool(answer.reasoning_tokens) or thinks_hidden(answer)
+
+
+def thinks_openly(answer: Answer) -> bool:
+    """Whether reasoning is there to see or counted as such; a lone ``</think>`` may be a mark that leaked."""
+    begun = answer.text.lstrip().startswith("<think>")
+    return bool(answer.reasoning.strip()) or bool(answer.reasoning_tokens) or begun
 
 
 def refused(error: EvalError) -> bool:
@@ -69,8 +79,10 @@ class Switch:
     off: Setting
 
 
-async def find_switch(client: Client, model: str, max_tokens: int = 256) -> Switch:
+async def find_switch(client: Client, model: str, max_tokens: int = 256, effort: str | None = None) -> Switch:
     """Ask one short question with each way that servers have, until one shows thinking and one shows none.
+
+    ``effort``: of reasoning, that is wanted of the thinking; tried before all else.
 
     Raises:
         EvalError: the question is not answered without any switch either.
@@ -104,4 +116,5 @@ async def find_switch(client: Client, model: str, max_tokens: int = 256) -> Swit
             tried.append(f"asked {f'with {json.dumps(options)}' if options else 'plainly'}: {found}")
         return Setting(None, "; ".join(tried))
 
-    return Switch(await first(_SWITCHES_ON, _THINKS), await first(_SWITCHES_OFF, _DOES_NOT))
+    wanted_first: tuple[Options, ...] = ({"reasoning_effort": effort},) if effort else ()
+    return Switch(await first(wanted_first + _SWITCHES_ON, _THINKS), await first(_SWITCHES_OFF, _DOES_NOT))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from step128_evals.runs import Run
+from step128_evals.soak.items import of_kind, requests
 from step128_evals.soak.plan import WEIGHTS
-from step128_evals.soak.verdicts import of_kind, requests
 
 
 def draw_timeline(run: Run, path: Path) -> None:

@@ -6,10 +6,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from step128_evals.runs import Item, Run
+from step128_evals.soak.items import of_kind, requests, soaked_seconds
 from step128_evals.soak.plan import WEIGHTS
-from step128_evals.soak.verdicts import all_verdicts, of_kind, requests, soaked_seconds
-from step128_evals.tables import columns, markdown_table, number
+from step128_evals.soak.verdicts import all_verdicts
+from step128_evals.stats import CONFIDENCE
+from step128_evals.tables import columns, markdown_table, number, with_interval
+
+_MEDIANS = (
+    "First token and whole are medians with their 95 % intervals, from six requests on; loads differ within them."
+)
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -37,14 +45,17 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def _figures(items: list[Item]) -> dict[str, Any]:
     answered = [item.data for item in items if item.status == "passed" and "seconds" in item.data]
+    whole, first = ([data[name] for data in answered] for name in ("seconds", "first_token_seconds"))
     return {
         "requests": len(items),
         "failed": sum(item.status == "failed" for item in items),
         "cancelled": sum(bool(item.data.get("cancelled")) for item in items),
         "generated_tokens": sum(data["tokens"] for data in answered),
-        "median_seconds": _median([data["seconds"] for data in answered]),
-        "median_first_token_seconds": _median([data["first_token_seconds"] for data in answered]),
-        "slowest_seconds": max((data["seconds"] for data in answered), default=None),
+        "median_seconds": _median(whole),
+        "median_seconds_interval": _median_interval(whole),
+        "median_first_token_seconds": _median(first),
+        "median_first_token_seconds_interval": _median_interval(first),
+        "slowest_seconds": max(whole, default=None),
     }
 
 
@@ -52,10 +63,17 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def _median_interval(values: list[float]) -> dict[str, float] | None:
+    """Two of the values themselves, by the sign test (Thompson 1936): exact for any distribution; None below six."""
+    below = int(stats.binom.ppf((1 - CONFIDENCE) / 2, len(values), 0.5)) if values else 0
+    ordered = sorted(values)
+    return {"low": ordered[below - 1], "high": ordered[-below]} if below else None
+
+
 def text(summary: dict[str, Any]) -> str:
     """What was done, the verdicts, a table of kinds."""
     verdicts = [f"{name:<18}{outcome:<12}  {why}" for name, outcome, why in _verdict_rows(summary)]
-    return "\n".join([_what(summary), "", *verdicts, "", columns(_rows(summary))])
+    return "\n".join([_what(summary), "", *verdicts, "", columns(_rows(summary)), _MEDIANS])
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -74,7 +92,7 @@ def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:
     """The same, with the timeline."""
     from step128_evals.soak.pictures import draw_timeline
 
-    parts = [_what(summary), markdown_table(_verdict_rows(summary)), markdown_table(_rows(summary))]
+    parts = [_what(summary), markdown_table(_verdict_rows(summary)), markdown_table(_rows(summary)), _MEDIANS]
     if run.items:
         draw_timeline(run, pictures / "soak.svg")
         parts.append("![timeline](soak.svg)")
@@ -82,7 +100,10 @@ def markdown(run: Run, summary: dict[str, Any], pictures: Path) -> str:
 
 
 def score(run: Run) -> dict[str, float]:
-    """1 for an answered request, 0 for a failed one, by number: equal numbers ask the same."""
+    """1 for an answered request, 0 for a failed one, by number: equal numbers ask alike.
+
+    That is the same question, but for a long prompt: its text is new each time, of the same length.
+    """
     return {item.id: float(item.status == "passed") for item in requests(run)}
 
 
@@ -102,7 +123,10 @@ def _verdict_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _rows(summary: dict[str, Any]) -> list[list[str]]:
     rows = [["kind", "requests", "failed", "cut off by us", "tokens", "first token, s", "whole, s", "slowest, s"]]
     for kind, figures in summary["kinds"].items():
-        times = [figures[name] for name in ("median_first_token_seconds", "median_seconds", "slowest_seconds")]
         counts = [figures[name] for name in ("requests", "failed", "cancelled", "generated_tokens")]
-        rows.append([kind, *map(str, counts), *(number(value, 2) for value in times)])
+        medians = [
+            with_interval(figures[name], figures[f"{name}_interval"], 2)
+            for name in ("median_first_token_seconds", "median_seconds")
+        ]
+        rows.append([kind, *map(str, counts), *medians, number(figures["slowest_seconds"], 2)])
     return rows

@@ -74,11 +74,10 @@ def _read(schemas: Schemas, call: dict[str, str]) -> _Made:
     name = call["name"]
     try:
         arguments = json.loads(call["arguments"], parse_constant=_refuse_constant)
-    except ValueError as error:
-        return _Made(name, None, Fault("invalid_json", f"{name}: {error}: {call['arguments']!r}"))
-    if name not in schemas:
-        return _Made(name, arguments, None)
-    problem = next(iter(Draft202012Validator(schemas[name]).iter_errors(arguments)), None)
+        schema = schemas.get(name, {})
+        problem = next(iter(Draft202012Validator(schema).iter_errors(arguments)), None)
+    except (ValueError, RecursionError) as error:  # the second: nested thousands deep
+        return _Made(name, None, Fault("invalid_json", f"{name}: {error}: {call['arguments'][:300]!r}"))
     if problem is None:
         return _Made(name, arguments, None)
     return _Made(name, arguments, Fault("schema_violation", f"{name}{problem.json_path[1:]}: {problem.message}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from step128_evals.tools.calls import Outcome, judge_calls
 from step128_evals.tools.faults import TRUNCATED, Fault
 from step128_evals.tools.leaks import find_leak
 from step128_evals.tools.scenarios import AUTO, Scenario, Step
+from step128_evals.tools.wording import find_invented, has
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,10 @@ def _finish_reasons(scenario: Scenario) -> set[str]:
 def _text_faults(step: Step, text: str) -> list[Fault]:
     if not text.strip():
         return [Fault("empty_answer", "neither text nor a call")]
-    plain = _plain(text)
+    kind = "result_not_used" if step.user is None else "wrong_answer"
     for alternatives in step.answer:
-        if not any(_has(plain, _plain(each)) for each in alternatives):
-            kind = "result_not_used" if step.user is None else "wrong_answer"
+        if not any(has(text, each) for each in alternatives):
             return [Fault(kind, f"no {' or '.join(map(repr, alternatives))} in {text[:300]!r}")]
+    if step.without and (invented := find_invented(text, step.without)) is not None:
+        return [Fault(kind, f"{invented!r} in {text[:300]!r}, where nothing was found")]
     return []
-
-
-def _plain(text: str) -> str:
-    """Without case, emphasis, curly apostrophes, and what people put between thousands."""
-    text = re.sub(r"[*_`]", "", text.casefold()).replace("\u2019", "'")
-    return re.sub("(?<=\\d)[,'\u00a0\u202f\u2009](?=\\d{3}(?!\\d))", "", text)
-
-
-def _has(text: str, part: str) -> bool:
-    """Whether the part stands in the text as a word or number of its own: 48 does not in 148, nor in 48.5."""
-    return re.search(rf"(?<!\w)(?<!\d\.){re.escape(part)}(?!\w)(?!\.\d)", text) is not None

@@ -86,9 +86,8 @@ async def _run(parsed: argparse.Namespace, client: Client) -> Result:
         for variant, scenario in product(variants, scenarios)
         for id in (f"{scenario.id}.{variant.name}",)
     ]
-    return await run_evaluation(
-        parsed, endpoint, Evaluation("tools", "conversations", _settings(asking, scenarios, variants), tasks)
-    )
+    settings = _settings(asking, scenarios, variants) | {"reasoning_effort": parsed.reasoning_effort}
+    return await run_evaluation(parsed, endpoint, Evaluation("tools", "conversations", settings, tasks))
 
 
 def _listing(scenarios: list[Scenario], as_json: bool) -> Result:
@@ -104,9 +103,10 @@ def _listing(scenarios: list[Scenario], as_json: bool) -> Result:
 
 async def _prepare(parsed: argparse.Namespace, client: Client, endpoint: Endpoint) -> Asking:
     """Find the switch of thinking, and build the filler of each depth that the context has room for."""
-    switch = await find_switch(client, endpoint.model)
     if parsed.reasoning_effort:
         endpoint.require("reasoning_effort")
+    switch = await find_switch(client, endpoint.model, effort=parsed.reasoning_effort)
+    if parsed.reasoning_effort:
         switch = _with_effort(switch, parsed.reasoning_effort)
     asking = Asking(client, endpoint.model, endpoint.max_context_tokens, parsed.max_tokens, switch, {})
     if reason := asking.too_deep(0):

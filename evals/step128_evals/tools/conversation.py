@@ -9,14 +9,18 @@ from typing import Any
 from step128_evals.chat import Answer, ChatRequest, ask_chat
 from step128_evals.client import Client
 from step128_evals.errors import EvalError, NoSuchRouteError, UnsupportedError
-from step128_evals.reasoning.switch import Switch, refused, thinks
+from step128_evals.reasoning.switch import Switch, refused, thinks_hidden, thinks_openly
 from step128_evals.runs import Item
 from step128_evals.tools.checks import Verdict, check_answer
+from step128_evals.tools.faults import TRUNCATED
 from step128_evals.tools.filler import Filler
 from step128_evals.tools.scenarios import AUTO, NONE, REQUIRED, Scenario
 
 RESERVE_TOKENS = 3072
 """For a scenario's own prompt (tools, turns, results) beside the filler and the answer."""
+
+_SWALLOWED = frozenset({"missing_call", "leaked_tags", "empty_answer", TRUNCATED})
+"""Faults of answers that do not show all that was generated."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,22 @@ class Asking:
                 extra=setting.options | _tool_choice(scenario),
             )
             answer = await ask_chat(self.client, self.model, request)
-            if not variant.thinking and thinks(answer):
-                raise UnsupportedError("thinking is switched off, and it thinks all the same")
             verdict = check_answer(scenario, step, answer, ids)
+            if not variant.thinking and _thought(answer, verdict):
+                raise UnsupportedError("thinking is switched off, and it thinks all the same")
             rows.append((answer, verdict))
             if verdict.faults:
                 break
             ids |= {call["id"] for call in answer.tool_calls}
             messages += [answer.assistant_message, *_results(answer, verdict)]
         return rows
+
+
+def _thought(answer: Answer, verdict: Verdict) -> bool:
+    """Whether an answer was thought about. Tokens that are not to be seen tell of it only where nothing is missing:
+    else they may be a call that the server's parser swallowed."""
+    missing = any(fault.kind in _SWALLOWED for fault in verdict.faults)
+    return thinks_openly(answer) or (thinks_hidden(answer) and not missing)
 
 
 def _tool_choice(scenario: Scenario) -> dict[str, Any]:

@@ -36,17 +36,14 @@ class Step:
     """One request and what is right to come back.
 
     ``user`` is said first; None: the step follows the results of tools. Without ``calls`` no call is due, and the text
-    must have one of the alternatives of each entry of ``answer``.
+    must have one of the alternatives of each entry of ``answer``. Where ``without`` has words, the tools found nothing:
+    the text must have none of them, and no number but 0, which would be invented.
     """
 
     user: str | None
     calls: tuple[DueCall, ...]
     answer: tuple[tuple[str, ...], ...]
-
-    @property
-    def uses_result(self) -> bool:
-        """Whether the text must hold something that it can only have from a tool."""
-        return not self.calls and bool(self.answer)
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def _step(entry: dict[str, Any]) -> Step:
         DueCall(call["name"], call["arguments"], _result(call["result"]) if "result" in call else None)
         for call in entry.get("calls", [])
     ]
-    return Step(entry.get("user"), tuple(calls), tuple(map(tuple, answer)))
+    return Step(entry.get("user"), tuple(calls), tuple(map(tuple, answer)), tuple(entry.get("without", ())))
 
 
 def _result(value: Any) -> str:

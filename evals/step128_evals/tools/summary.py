@@ -19,7 +19,10 @@ CARD = (
     "The model card says 0 failed tool calls and names no count. Here a call counts once it is due or made, and fails "
     "if anything is wrong with it, its arguments included."
 )
-_DEPENDENT = "Variants of one scenario are not independent of each other, so the intervals are somewhat too narrow."
+_DEPENDENT = (
+    "Variants of one scenario are not independent of each other: intervals of conversations and calls are too narrow, "
+    "those of scenarios hold."
+)
 _GROUPS = ("by_kind", "by_streaming", "by_thinking", "by_depth")
 
 
@@ -35,6 +38,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "passed": _passed(items),
         "failed_calls": _failed(sum(item.data["failed_calls"] for item in items), calls),
         "malformed_calls": _failed(sum(item.data["malformed_calls"] for item in items), calls),
+        "failed_scenarios": _scenarios(items, "failed_calls"),
+        "malformed_scenarios": _scenarios(items, "malformed_calls"),
         "faults": _faults(items),
         "by_kind": _groups(items, lambda item: str(item.data["kind"]), SCENARIO_KINDS),
         "by_streaming": _groups(items, lambda item: "streamed" if item.data["stream"] else "whole"),
@@ -46,8 +51,23 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def score(run: Run) -> dict[str, float]:
-    """1.0 for each conversation that passed, 0.0 for each that failed."""
-    return {item.id: float(item.status == "passed") for item in run.with_status("passed", "failed")}
+    """Share passed of each scenario over its variants, which are not independent of each other."""
+    scenarios = _by_scenario(run.with_status("passed", "failed"))
+    return {name: sum(i.status == "passed" for i in items) / len(items) for name, items in scenarios.items()}
+
+
+def _by_scenario(items: Iterable[Item]) -> dict[str, list[Item]]:
+    scenarios: dict[str, list[Item]] = {}
+    for item in items:
+        scenarios.setdefault(item.data["scenario"], []).append(item)
+    return scenarios
+
+
+def _scenarios(items: Iterable[Item], count: str) -> dict[str, Any]:
+    """Of the scenarios in which calls were due or made, those with at least one that failed."""
+    groups = [group for group in _by_scenario(items).values() if any(item.data["calls"] for item in group)]
+    failed = sum(any(item.data[count] for item in group) for group in groups)
+    return {"scenarios": len(groups), "failed": failed, **_share(failed, len(groups))}
 
 
 def _share(part: int, total: int) -> dict[str, Any]:
@@ -106,7 +126,7 @@ def _normal(arguments: str) -> str:
     """Equal for equal JSON, however it is written."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 
@@ -126,7 +146,9 @@ def headline(summary: dict[str, Any]) -> str:
     held = f"{passed['passed']} of {passed['items']} conversations passed"
     if not calls["calls"]:
         return f"no call was due or made; {held}"
-    failed = f"{calls['failed']} of {calls['calls']} calls failed, {_percent(calls)}"
+    scenarios = summary["failed_scenarios"]
+    failed = f"{calls['failed']} of {calls['calls']} calls failed, in {scenarios['failed']} of "
+    failed += f"{scenarios['scenarios']} scenarios, {_percent(scenarios)}"
     return f"{failed}; {malformed['failed']} malformed; {held}"
 
 
@@ -177,7 +199,9 @@ def _calls_line(summary: dict[str, Any]) -> str:
     line = f"Failed calls: {calls['failed']} of {calls['calls']}, {_percent(calls)}; malformed: {malformed['failed']}."
     for name, row in (("failed", calls), ("malformed", malformed)):
         if not row["failed"]:
-            line += f" 0 {name} of {row['calls']} still allows up to {row['interval']['high']:.2%} (Wilson, 95 %)."
+            scenarios = summary[f"{name}_scenarios"]
+            line += f" 0 {name} in {scenarios['scenarios']} scenarios still allows up to "
+            line += f"{scenarios['interval']['high']:.2%} of scenarios (Wilson, 95 %)."
     return line
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from step128_evals.chat import ChatRequest, ask_chat
 from step128_evals.client import Client
-from step128_evals.errors import EvalError, ServerUnreachableError, UnauthorizedError, UnsupportedError
+from step128_evals.errors import EvalError, UnsupportedError
 from step128_evals.evaluation import Evaluation, run_evaluation
 from step128_evals.harness import Task
 from step128_evals.options import Parsers, Result, add_endpoint_command, add_results, count
@@ -24,6 +24,8 @@ from step128_evals.vision.item import Question
 from step128_evals.vision.questions import SEED, make_questions, questions_sha256, save_images
 
 BLIND = "blind"
+_REFUSALS = (400, 413, 415, 422)
+"""HTTP statuses that say: not such a request. Any other failure may be over the next time."""
 
 
 def add_parser(commands: Parsers) -> None:
@@ -112,12 +114,16 @@ async def _run(parsed: argparse.Namespace, client: Client) -> Result:
 
 
 async def _why_no_pairs(client: Client, model: str) -> str | None:
-    """Ask about two pictures at once: a server may be started for one a request only."""
+    """Ask about two pictures at once: a server may be started for one a request only.
+
+    Raises:
+        EvalError: it failed otherwise than by refusing them, which says nothing of pairs.
+    """
     pictures = (Canvas(SMALL).picture(),) * 2
     try:
         await ask_chat(client, model, ChatRequest(_content("What is this?", pictures), max_tokens=4))
-    except (ServerUnreachableError, UnauthorizedError):
-        raise
     except EvalError as error:
+        if error.status not in _REFUSALS:
+            raise
         return f"unsupported: two pictures in one request: {error}"
     return None

@@ -22,6 +22,7 @@ def draw_categories(categories: Mapping[str, Mapping[str, Any]], model: str, pat
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.4), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
+    without: str | None = "without"  # the first such mark stands for all in the legend
     for place, name in enumerate(names):
         row = categories[name]
         share, interval = 100 * row["share"], row["interval"]
@@ -30,7 +31,8 @@ def draw_categories(categories: Mapping[str, Mapping[str, Any]], model: str, pat
         axes.errorbar(share, place, xerr=reach, color="black", capsize=3, linewidth=1)
         if row["blind"]:
             blind = 100 * row["blind"]["share"]
-            axes.plot(blind, place, "D", color="#e45756", label=None if place else "without")
+            axes.plot(blind, place, "D", color="#e45756", label=without)
+            without = None
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
