@@ -70,8 +70,8 @@ def test_levels_that_differ(ask: Ask, oracle: Oracle) -> None:
     assert report["pairs"]["low_to_high"]["mean_difference"] == 30.0
     assert report["pairs"]["low_to_high"]["interval"] is None  # all differences are equal
     assert report["pairs"]["medium_to_high"]["longer"] == 12
-    # Twelve equal differences above zero: z = 39 / sqrt(162.5 - 35.75), by hand.
-    assert report["pairs"]["low_to_medium"]["wilcoxon_p"] == pytest.approx(0.000532, abs=1e-6)
+    # Twelve differences of one sign: exact, 2 of the 2^12 ways to give them signs.
+    assert report["pairs"]["low_to_medium"]["wilcoxon_p"] == pytest.approx(2 / 2**12)
     assert [row["correct"] for row in report["levels"].values()] == [11, 11, 11]
     assert (report["leaked"], report["truncated"]) == (0, 0)
     asked = [body for body in oracle.chats() if body["max_tokens"] == 16384]
