@@ -76,7 +76,7 @@ class Target:
         done = subprocess.run(
             self.command(name, *options), capture_output=True, text=True, env=self.environment, check=False
         )
-        assert "Traceback" not in done.stderr, done.stderr
+        assert done.stdout and "Traceback" not in done.stderr, f"exit {done.returncode}: {done.stderr}"
         report = json.loads(done.stdout)
         assert report["exit_code"] == done.returncode
         return done.returncode, report, done.stderr
