@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from step128_evals.errors import ThresholdError
 from step128_evals.gate.rules import Verdict, check_rules, read_rules
@@ -38,7 +38,7 @@ def _gate(parsed: argparse.Namespace) -> Result:
 
 
 def _print(verdicts: list[Verdict]) -> None:
-    table = Table("gate", "", "found", "why")
+    table = Table(Column("gate", overflow="fold"), "", Column("found", overflow="fold"), "why")
     colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
     for verdict in verdicts:
         mark = f"[{colours[verdict.outcome]}]{verdict.outcome}[/]"
