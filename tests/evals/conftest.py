@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 from oracle import Oracle, serving
+from tool_answers import Spoil, perfect
+
+from step128_evals.cli import main
 
 KEY = "secret"
 MODEL = "tiny"
@@ -166,3 +169,18 @@ def oracle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Oracle]:
     monkeypatch.chdir(tmp_path)
     with serving(Oracle()) as server:
         yield server
+
+
+@pytest.fixture
+def ask(oracle: Oracle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run ``step128-eval tools`` against an oracle that answers perfectly, or spoiled; (exit code, report)."""
+    oracle.respond = perfect()
+    monkeypatch.setattr("os.fsync", lambda _: None)  # hundreds of items; on a busy disk that is most of the time
+
+    def run(*options: str, spoil: Spoil | None = None) -> tuple[int, dict[str, Any]]:
+        if spoil is not None:
+            oracle.respond = perfect(spoil)
+        code = main(["tools", "--base-url", oracle.url, "--json", "--out", "tools.jsonl", *options])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run

@@ -11,30 +11,14 @@ from typing import Any
 
 import pytest
 from oracle import Oracle, Reply
-from tool_answers import SCENARIOS, THOUGHT, Spoil, perfect, with_arguments
+from tool_answers import SCENARIOS, THOUGHT, perfect, with_arguments
 
-from step128_evals.cli import main
 from step128_evals.runs import read_run
 from step128_evals.tools.scenarios import Scenario, Step
 
 Report = dict[str, Any]
 Ask = Callable[..., tuple[int, Report]]
 SMALL = ("--depth-tokens", "0", "--variants", "whole,plain")
-
-
-@pytest.fixture
-def ask(oracle: Oracle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Run the command; (exit code, report)."""
-    oracle.respond = perfect()
-    monkeypatch.setattr("os.fsync", lambda _: None)  # hundreds of items; on a busy disk that is most of the time
-
-    def run(*options: str, spoil: Spoil | None = None) -> tuple[int, Report]:
-        if spoil is not None:
-            oracle.respond = perfect(spoil)
-        code = main(["tools", "--base-url", oracle.url, "--json", "--out", "tools.jsonl", *options])
-        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def faults(report: Report) -> dict[str, int]:

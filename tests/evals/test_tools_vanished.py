@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +11,12 @@ import pytest
 from oracle import Oracle, Reply
 from tool_answers import perfect
 
-from step128_evals.cli import main
 from step128_evals.runs import read_run
 from step128_evals.tools.summary import score
 
 Report = dict[str, Any]
 Respond = Callable[[str, dict[str, Any]], Reply | None]
 SMALL = ("--depth-tokens", "0", "--variants", "whole,plain", "--scenarios", "single")
-
-
-@pytest.fixture
-def ask(
-    oracle: Oracle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, Report]]:
-    oracle.respond = perfect()
-    monkeypatch.setattr("os.fsync", lambda _: None)  # hundreds of items; on a busy disk that is most of the time
-
-    def run(*options: str) -> tuple[int, Report]:
-        code = main(["tools", "--base-url", oracle.url, "--json", "--out", "tools.jsonl", *options])
-        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 Ask = Callable[..., tuple[int, Report]]
